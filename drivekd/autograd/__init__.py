@@ -1,0 +1,1 @@
+"""Autograd functions, one per differentiable op: what is saved and where gradients go."""

@@ -1,0 +1,1 @@
+"""Triton kernels of drivekd: tensors, strides and tiles; nothing about losses as users see them."""
