@@ -1,0 +1,1 @@
+"""Studies of trained students: answering questions, statistics over seeds, reports, overlays."""
