@@ -1,0 +1,462 @@
+"""Records to model inputs: chat template, image tokens, pixels, and labels on answers only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from drivekd.data.records import IMAGE_PLACEHOLDER
+from drivekd.errors import DataError
+
+if TYPE_CHECKING:
+    from drivekd.data.records import Record
+
+IGNORE_INDEX = -100
+# Model inputs with one entry per token; everything else an encoder returns counts images.
+TOKEN_KEYS = frozenset({"attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids"})
+
+_Template = Callable[[int, bool], str]  # (number of messages, add_generation_prompt) -> text
+_Turn = tuple[str, str]  # (role, content)
+
+
+class Encoder(Protocol):
+    """Turns one record into unbatched model inputs on the CPU."""
+
+    def __call__(self, record: Record) -> dict[str, Tensor]:
+        """Encode a record with its answers: `input_ids`, `labels` and model inputs."""
+        ...
+
+    def encode_prompt(self, record: Record) -> dict[str, Tensor]:
+        """Encode a record up to and including the generation prompt, without labels."""
+        ...
+
+
+def describe_record(record: Record) -> str:
+    """Name a record in an error message: by its id, else by the start of its first message."""
+    if record.id:
+        return f"record {record.id!r}"
+    start = record.messages[0].content[:60] if record.messages else ""
+    return f"record without id (it starts with {start!r})"
+
+
+def load_image(record: Record, path: str, root: Path | None) -> Image.Image:
+    """Open one image of a record as 8-bit RGB.
+
+    Args:
+        record: The record, for the error message.
+        path: The image's path as the record gives it.
+        root: Folder that relative paths start from; None is the working directory.
+
+    Returns:
+        The image, fully read, in mode "RGB". EXIF orientation is not applied.
+
+    Raises:
+        DataError: The file is missing, unreadable, damaged, or has more than 8 bits a channel.
+    """
+    full = Path(path) if root is None else root / path
+    try:
+        with Image.open(full) as image:
+            if image.mode == "F" or image.mode.startswith("I"):
+                raise DataError(
+                    f"{describe_record(record)}: image {full} has mode {image.mode!r}; images "
+                    "need 8 bits a channel, convert it first"
+                )
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{describe_record(record)}: image {full} does not exist; check the path and root"
+        ) from error
+    except (
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        SyntaxError,
+        ValueError,
+    ) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{describe_record(record)}: image {full} cannot be read ({error})"
+        ) from error
+
+
+def _check_record(record: Record, *, needs_answer: bool) -> None:
+    """Check turns, answers and the number of image placeholders of one record."""
+    name = describe_record(record)
+    roles = [message.role for message in record.messages]
+    spoken = [role for role in roles if role != "system"]
+    if not spoken or spoken[0] != "user":
+        raise DataError(f"{name}: the first message after the system prompt must be the user's")
+    if needs_answer and roles[-1] != "assistant":
+        raise DataError(f"{name}: the last message is by {roles[-1]!r}, training needs an answer")
+    for message in record.messages:
+        if message.role != "assistant":
+            continue
+        if not message.content.strip():
+            raise DataError(f"{name}: an assistant message is empty, there is nothing to learn")
+        if IMAGE_PLACEHOLDER in message.content:
+            raise DataError(f"{name}: {IMAGE_PLACEHOLDER} stands in an assistant message")
+    placeholders = _count_placeholders(_turns(record, drop_answer=False))
+    if placeholders != len(record.images):
+        raise DataError(
+            f"{name}: {placeholders} {IMAGE_PLACEHOLDER} placeholders but {len(record.images)} "
+            f"images {list(record.images)}; each image needs exactly one placeholder"
+        )
+
+
+class _Piece(NamedTuple):
+    """A stretch of the templated conversation and the number of messages that it completes."""
+
+    text: str
+    is_answer: bool
+    num_messages: int
+
+
+def _turns(record: Record, *, drop_answer: bool) -> list[_Turn]:
+    """The record's turns, on request without a closing answer."""
+    turns = [(message.role, message.content) for message in record.messages]
+    return turns[:-1] if drop_answer and turns[-1][0] == "assistant" else turns
+
+
+def _split(record: Record, turns: Sequence[_Turn], template: _Template) -> list[_Piece]:
+    """Cut the templated turns into prompts and answers, in order.
+
+    An answer is what the template appends to the generation prompt, end token included and
+    the white space after it excluded. Turns that end with the user's end in a generation prompt;
+    otherwise the text ends with the last answer.
+    """
+    is_open = turns[-1][0] != "assistant"
+    whole = template(len(turns), is_open)
+    pieces: list[_Piece] = []
+    position = 0
+    for index, (role, _) in enumerate(turns):
+        if role != "assistant":
+            continue
+        prompt, answered = template(index, True), template(index + 1, False)
+        if not (whole.startswith(answered) and answered.startswith(prompt)):
+            raise DataError(
+                f"{describe_record(record)}: the chat template does not continue its own "
+                f"generation prompt at message {index}, so the answer cannot be told from the "
+                "prompt; split the record into single questions or use another template"
+            )
+        end = max(len(answered.rstrip()), len(prompt))
+        pieces.append(_Piece(whole[position : len(prompt)], False, index))
+        pieces.append(_Piece(whole[len(prompt) : end], True, index + 1))
+        position = end
+    if is_open:
+        pieces.append(_Piece(whole[position:], False, len(turns)))
+    return pieces
+
+
+class SingleTileEncoder:
+    """Encoder for models that see every image as one tile of a fixed size (InternVL and kin).
+
+    Every image is squashed to one tile (bicubic, aspect ratio lost, as in the public Drive-KD
+    code) and each `<image>` becomes `start_image_token`, `image_seq_length` times `image_token`
+    and `end_image_token`. The text goes through the tokenizer's own chat template, any number
+    of turns. Prompt and answer are tokenized apart, so that a training prompt has exactly the
+    ids of the prompt at generation. Text-only records are legal and give no `pixel_values`.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer with a chat template.
+        image_size: (height, width) of the tile in pixels.
+        image_seq_length: Tokens per image, at least 1.
+        image_token: The placeholder token of the model, one id of the vocabulary.
+        image_mean: Mean per RGB channel, subtracted after division by 255.
+        image_std: Standard deviation per RGB channel.
+        start_image_token: Token written before an image's tokens; None for none.
+        end_image_token: Token written after them; None for none.
+        root: Folder that relative image paths start from; None is the working directory.
+
+    Raises:
+        ValueError: A size, mean or standard deviation is out of range, the tokenizer has no chat
+            template, or one of the image tokens is not a single id of its vocabulary.
+
+    Source: Colamentos2023/Drive-KD `intern/image_loader.py` (one tile an image).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        image_size: tuple[int, int],
+        image_seq_length: int,
+        image_token: str,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        start_image_token: str | None = None,
+        end_image_token: str | None = None,
+        root: str | Path | None = None,
+    ) -> None:
+        if len(image_size) != 2 or min(image_size) < 1:
+            raise ValueError(f"image_size is {image_size}, wanted (height, width) in pixels")
+        if image_seq_length < 1:
+            raise ValueError(f"image_seq_length is {image_seq_length}, wanted at least 1")
+        if len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
+            raise ValueError(
+                f"image_mean is {image_mean} and image_std {image_std}; wanted three numbers "
+                "each, standard deviations above 0"
+            )
+        if not tokenizer.chat_template:
+            raise ValueError("tokenizer has no chat template; set tokenizer.chat_template")
+        for token in (image_token, start_image_token, end_image_token):
+            if token is not None and not _is_one_token(tokenizer, token):
+                raise ValueError(
+                    f"{token!r} is not one token of the tokenizer; add it with "
+                    "tokenizer.add_special_tokens or name the model's own image token"
+                )
+        self.tokenizer = tokenizer
+        self.image_size = (int(image_size[0]), int(image_size[1]))
+        self.image_seq_length = image_seq_length
+        self.image_token = image_token
+        self.image_token_id = _token_ids(tokenizer, image_token)[0]
+        self.root = None if root is None else Path(root)
+        self._mean = torch.tensor(tuple(image_mean), dtype=torch.float32).view(3, 1, 1)
+        self._std = torch.tensor(tuple(image_std), dtype=torch.float32).view(3, 1, 1)
+        self._image_text = (
+            (start_image_token or "") + image_token * image_seq_length + (end_image_token or "")
+        )
+        self._reserved = tuple(
+            token
+            for token in (image_token, start_image_token, end_image_token)
+            if token is not None and token != IMAGE_PLACEHOLDER
+        )
+
+    def __call__(self, record: Record) -> dict[str, Tensor]:
+        """Encode a record with its answers.
+
+        Args:
+            record: Messages, images and question type; the last message is the assistant's.
+
+        Returns:
+            `input_ids` (N,) int64; `labels` (N,) int64, -100 outside the assistant's answers,
+            each answer with its end token; `pixel_values` (num_images, 3, H, W) float32 unless
+            the record has no image.
+
+        Raises:
+            DataError: Placeholders and images do not match, an image is missing or unreadable,
+                a message holds a reserved image token, or the template cannot be split.
+        """
+        ids, labels = self._encode(record, needs_answer=True)
+        return self._pack(record, ids) | {"labels": torch.tensor(labels, dtype=torch.int64)}
+
+    def encode_prompt(self, record: Record) -> dict[str, Tensor]:
+        """Encode a record up to and including the generation prompt of its last answer.
+
+        Args:
+            record: As for `__call__`; a closing assistant message is left out.
+
+        Returns:
+            The dict of `__call__` without `labels`.
+
+        Raises:
+            DataError: As in `__call__`.
+        """
+        ids, _ = self._encode(record, needs_answer=False)
+        return self._pack(record, ids)
+
+    def _encode(self, record: Record, *, needs_answer: bool) -> tuple[list[int], list[int]]:
+        """Ids and labels; earlier answers are cut out in prompts too, so that both agree."""
+        self._check(record, needs_answer=needs_answer)
+        turns = _turns(record, drop_answer=not needs_answer)
+        ids: list[int] = []
+        labels: list[int] = []
+        for piece in _split(record, turns, self._template(turns)):
+            text = piece.text.replace(IMAGE_PLACEHOLDER, self._image_text)
+            piece_ids = _token_ids(self.tokenizer, text)
+            ids += piece_ids
+            labels += piece_ids if piece.is_answer else [IGNORE_INDEX] * len(piece_ids)
+        return ids, labels
+
+    def _check(self, record: Record, *, needs_answer: bool) -> None:
+        _check_record(record, needs_answer=needs_answer)
+        for message in record.messages:
+            for token in self._reserved:
+                if token in message.content:
+                    raise DataError(
+                        f"{describe_record(record)}: a message holds the reserved token "
+                        f"{token!r}; write {IMAGE_PLACEHOLDER} where an image goes"
+                    )
+
+    def _template(self, turns: Sequence[_Turn]) -> _Template:
+        messages = [{"role": role, "content": content} for role, content in turns]
+
+        def render(count: int, add_generation_prompt: bool) -> str:
+            text = self.tokenizer.apply_chat_template(
+                messages[:count], tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+            return str(text)
+
+        return render
+
+    def _pack(self, record: Record, ids: list[int]) -> dict[str, Tensor]:
+        """Check the number of image tokens and add the pixels."""
+        wanted = len(record.images) * self.image_seq_length
+        found = ids.count(self.image_token_id)
+        if found != wanted:
+            raise DataError(
+                f"{describe_record(record)}: the templated text has {found} image tokens, "
+                f"{len(record.images)} images need {wanted}; the chat template drops or repeats "
+                f"{IMAGE_PLACEHOLDER}"
+            )
+        encoded = {"input_ids": torch.tensor(ids, dtype=torch.int64)}
+        if record.images:
+            encoded["pixel_values"] = torch.stack(
+                [self._pixels(load_image(record, path, self.root)) for path in record.images]
+            )
+        return encoded
+
+    def _pixels(self, image: Image.Image) -> Tensor:
+        """One image to a normalised (3, H, W) float32 tile."""
+        height, width = self.image_size
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+        return (pixels.to(torch.float32) / 255.0 - self._mean) / self._std
+
+
+class ProcessorEncoder:
+    """Encoder over a Hugging Face multi-modal processor (Qwen-VL, LLaVA, InternVL tiling, ...).
+
+    The processor templates, tokenizes and prepares the images; labels come from comparing the
+    ids of the templated prompt with those of the whole conversation, which costs one further
+    call of the processor, images included, for every answer.
+
+    Args:
+        processor: A processor with `apply_chat_template` and a chat template; called as
+            `processor(text=[...], images=[...] or None, add_special_tokens=False,
+            return_tensors="pt")`.
+        root: Folder that relative image paths start from; None is the working directory.
+
+    Raises:
+        ValueError: The processor has no chat template.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        root: str | Path | None = None,
+    ) -> None:
+        if not getattr(processor, "chat_template", None):
+            raise ValueError("processor has no chat template; set processor.chat_template")
+        self.processor = processor
+        self.root = None if root is None else Path(root)
+
+    def __call__(self, record: Record) -> dict[str, Tensor]:
+        """Encode a record with its answers.
+
+        Args:
+            record: Messages, images and question type; the last message is the assistant's.
+
+        Returns:
+            `input_ids` (N,) int64, `labels` (N,) int64 (-100 outside the assistant's answers,
+            each answer with its end token), and whatever the processor gives for the images.
+
+        Raises:
+            DataError: Placeholders and images do not match, an image is missing or unreadable,
+                or prompt and whole conversation do not share their first tokens.
+        """
+        _check_record(record, needs_answer=True)
+        turns = _turns(record, drop_answer=False)
+        pieces = _split(record, turns, self._template(turns))
+        images = [load_image(record, path, self.root) for path in record.images]
+        encoded = self._process("".join(piece.text for piece in pieces), images)
+        ids = encoded["input_ids"]
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        text, start = "", 0
+        for piece in pieces:
+            text += piece.text
+            end = len(ids)
+            if piece is not pieces[-1]:
+                count = _count_placeholders(turns[: piece.num_messages])
+                end = self._prefix_length(record, text, images[:count], ids)
+            if piece.is_answer:
+                labels[start:end] = ids[start:end]
+            start = end
+        return encoded | {"labels": labels}
+
+    def encode_prompt(self, record: Record) -> dict[str, Tensor]:
+        """Encode a record up to and including the generation prompt of its last answer.
+
+        Args:
+            record: As for `__call__`; a closing assistant message is left out.
+
+        Returns:
+            The dict of `__call__` without `labels`.
+
+        Raises:
+            DataError: As in `__call__`.
+        """
+        _check_record(record, needs_answer=False)
+        turns = _turns(record, drop_answer=True)
+        images = [load_image(record, path, self.root) for path in record.images]
+        pieces = _split(record, turns, self._template(turns))
+        return self._process("".join(piece.text for piece in pieces), images)
+
+    def _template(self, turns: Sequence[_Turn]) -> _Template:
+        conversation = [{"role": role, "content": _content(content)} for role, content in turns]
+
+        def render(count: int, add_generation_prompt: bool) -> str:
+            text = self.processor.apply_chat_template(
+                conversation[:count], tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+            return str(text)
+
+        return render
+
+    def _process(self, text: str, images: list[Image.Image]) -> dict[str, Tensor]:
+        """Call the processor on one text and take its batch dimension off the token inputs."""
+        output: Mapping[str, Tensor] = self.processor(
+            text=[text], images=images or None, add_special_tokens=False, return_tensors="pt"
+        )
+        encoded = {
+            key: value[0] if key in TOKEN_KEYS or key == "input_ids" else value
+            for key, value in output.items()
+            if key != "attention_mask"
+        }
+        encoded["input_ids"] = encoded["input_ids"].to(torch.int64)
+        return encoded
+
+    def _prefix_length(
+        self, record: Record, text: str, images: list[Image.Image], ids: Tensor
+    ) -> int:
+        """Number of tokens of a prefix of the text, checked against the ids of the whole."""
+        prefix = self._process(text, images)["input_ids"]
+        if len(prefix) > len(ids) or not torch.equal(prefix, ids[: len(prefix)]):
+            raise DataError(
+                f"{describe_record(record)}: the tokens of the prompt are not the first tokens "
+                "of the whole conversation, so the answer cannot be told from the prompt"
+            )
+        return len(prefix)
+
+
+def _count_placeholders(turns: Sequence[_Turn]) -> int:
+    return sum(content.count(IMAGE_PLACEHOLDER) for _, content in turns)
+
+
+def _content(text: str) -> list[dict[str, str]]:
+    """Split a message at its placeholders into the typed parts that processors expect."""
+    parts: list[dict[str, str]] = []
+    for index, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
+        if index > 0:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def _token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text without added special tokens."""
+    return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def _is_one_token(tokenizer: Any, token: str) -> bool:
+    ids = _token_ids(tokenizer, token)
+    return len(ids) == 1 and ids[0] != tokenizer.unk_token_id
