@@ -52,8 +52,9 @@ def collate_features(
     """Pad encoded records into one batch; also for prompts at generation.
 
     Args:
-        features: What an encoder returned, one mapping per sample. One-dimensional entries run
-            over tokens and are padded; all others run over images and are concatenated.
+        features: What an encoder returned, one mapping per sample. `input_ids`, `labels` and the
+            entries of `drivekd.data.encode.TOKEN_KEYS` run over tokens and are padded; all others
+            run over images and are concatenated.
         pad_token_id: Id that fills `input_ids`; labels are filled with -100, the rest with 0.
         padding_side: Where padding goes.
         length: Padded length N; None is the longest sample's.
@@ -109,12 +110,14 @@ def _pad(
 
 def _concatenate(features: Sequence[Mapping[str, Tensor]], key: str) -> Tensor:
     """Join per-image entries along their first dimension."""
-    parts = [feature[key] for feature in features if key in feature]
-    if any(part.dim() < 2 for part in parts):
-        raise ValueError(
-            f"{key} is one-dimensional and not a known entry per token "
-            f"({', '.join(sorted(TOKEN_KEYS))}); give it one row per image"
-        )
+    given = [feature for feature in features if key in feature]
+    parts = [feature[key] for feature in given]
+    for feature, part in zip(given, parts, strict=True):
+        if part.dim() == 0 or part.shape == feature["input_ids"].shape:
+            raise ValueError(
+                f"{key} has shape {tuple(part.shape)}, which could be an entry per token, but is "
+                f"not a known one ({', '.join(sorted(TOKEN_KEYS))}); give it a row per image"
+            )
     if len({part.shape[1:] for part in parts}) > 1:
         shapes = sorted({tuple(part.shape) for part in parts})
         raise ValueError(f"{key} has shapes {shapes} in one batch; all but the first must agree")

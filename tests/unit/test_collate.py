@@ -124,12 +124,14 @@ def test_processor_entries_are_padded_by_token_or_joined_by_image():
             "input_ids": torch.ones(length, dtype=torch.int64),
             "mm_token_type_ids": torch.ones(length, dtype=torch.int32),
             "image_grid_thw": torch.tensor([[1, 4, 4]] * images),
+            "batch_num_images": torch.tensor([images]),
         }
 
     batch = collate_features([sample(2, 1), sample(4, 2)], pad_token_id=7, length=5)
     assert batch["input_ids"].tolist()[0] == [1, 1, 7, 7, 7]
     assert batch["mm_token_type_ids"].tolist()[0] == [1, 1, 0, 0, 0]
     assert batch["image_grid_thw"].shape == (3, 3)
+    assert batch["batch_num_images"].tolist() == [1, 2]
     assert "labels" not in batch
 
 
@@ -141,7 +143,11 @@ def test_samples_that_do_not_fit_are_refused():
         ([{"input_ids": ids}], {"padding_side": "top"}, "padding_side is 'top'"),
         ([{"input_ids": ids, "labels": ids}, {"input_ids": ids}], {}, "labels is missing"),
         ([{"input_ids": ids, "labels": ids[:2]}], {}, r"labels has shape \(2,\)"),
-        ([{"input_ids": ids, "sizes": ids}], {}, "sizes is one-dimensional"),
+        (
+            [{"input_ids": ids, "sizes": ids}],
+            {},
+            r"sizes has shape \(3,\), which could be an entry per token",
+        ),
         (
             [{"input_ids": ids, "p": torch.ones(1, n)} for n in (2, 3)],
             {},
