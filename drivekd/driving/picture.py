@@ -26,7 +26,7 @@ WIDTH, HEIGHT = 168, 48
 PIXELS_PER_METRE = WIDTH / (BEHIND + AHEAD)  # along the road
 LANE_PIXELS = HEIGHT // (LANES + 2)
 
-_ASPHALT, _LANE_MARK = (100, 100, 100), (150, 150, 150)
+_ASPHALT, _LANE_MARK = (55, 55, 55), (120, 120, 120)
 _GRASS, _EDGE = (60, 110, 60), (200, 200, 200)
 _EGO, _LOSING, _GAINING = (255, 255, 255), (255, 160, 0), (0, 220, 220)
 _TINT_SPEED = 6.0  # m/s of full tint
@@ -48,22 +48,14 @@ def render_scene(scene: Scene, *, scale: int = 1) -> npt.NDArray[np.uint8]:
     if scale < 1:
         raise ValueError(f"scale is {scale}; it must be an int >= 1")
     image = _road(scale)
+    half = VEHICLE_LENGTH / 2
     for vehicle in scene.vehicles:
         low, high = sorted((vehicle.x, vehicle.previous_x))
         colour = _LOSING if vehicle.x < vehicle.previous_x else _GAINING
-        _box(image, scale, low, high, vehicle.lane, VEHICLE_WIDTH / 4, colour)
-    half = VEHICLE_LENGTH / 2
+        _box(image, scale, low - half, high + half, vehicle.lane, VEHICLE_WIDTH / 4, colour)
     for vehicle in scene.vehicles:
-        colour = _tint(vehicle.dv)
-        _box(
-            image,
-            scale,
-            vehicle.x - half,
-            vehicle.x + half,
-            vehicle.lane,
-            VEHICLE_WIDTH / 2,
-            colour,
-        )
+        rear, front = vehicle.x - half, vehicle.x + half
+        _box(image, scale, rear, front, vehicle.lane, VEHICLE_WIDTH / 2, _tint(vehicle.dv))
     _box(image, scale, -half, half, scene.ego_lane, VEHICLE_WIDTH / 2, _EGO)
     return image
 
