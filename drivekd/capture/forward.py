@@ -1,0 +1,172 @@
+"""The state of one capture during a forward, and the taps that feed it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drivekd.capture.calls import Call, StopForward
+from drivekd.capture.model import is_packed, sees_next_token
+from drivekd.capture.records import CapturedLayer
+from drivekd.errors import CaptureError
+
+_UNSUPPORTED_OPTIONS = {
+    "softcap": "a soft cap on attention scores",
+    "s_aux": "attention sinks",
+    "position_bias": "an additive position bias",
+    "head_mask": "a head mask",
+}
+_ARGUMENTS = ("input_ids", "position_ids", "attention_mask")
+
+
+class ForwardWatch:
+    """Follows the forwards of one model for one capture; a new forward replaces the records."""
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        layers: tuple[int, ...],
+        records: dict[int, CapturedLayer],
+        *,
+        stops: bool,
+    ) -> None:
+        self.decoder = decoder
+        self.layers = layers
+        self.records = records
+        self.stops = stops
+        self.depth = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.records.clear()
+        self.arguments: dict[str, Any] = {}
+        self._grad_enabled = torch.is_grad_enabled()
+        self._decoder_ran = False
+        self._checked_masks: list[Any] = []
+
+    def enter(self, call: Call) -> None:
+        """A gated module is called; the outermost call begins a new forward."""
+        if self.depth == 0:
+            self._begin()
+        # The outermost module that takes an argument by name tells what the caller passed.
+        for name in _ARGUMENTS:
+            if name not in self.arguments and call.knows(name):
+                self.arguments[name] = call.argument(name)
+        if call.module is self.decoder:
+            self._enter_decoder(call)
+
+    def _enter_decoder(self, call: Call) -> None:
+        if self._decoder_ran:
+            raise CaptureError(
+                "the decoder ran twice within one forward of the model handed in, so a layer has "
+                "two records; hand in the language model itself and call it once per capture"
+            )
+        self._decoder_ran = True
+        mask = self.arguments.get("attention_mask")
+        ignores_packing = mask is not None or _caches(call)
+        if ignores_packing and is_packed(self.arguments.get("position_ids"), mask):
+            cause = "use_cache" if mask is None else "attention_mask"
+            raise CaptureError(
+                f"position_ids pack several sequences into a row, but with {cause} transformers "
+                "ignores that silently and tokens attend across sequences; pass use_cache=False "
+                "and no attention_mask"
+            )
+
+    def awaits(self, layer: int) -> bool:
+        """Whether a forward is under way that has no record of the layer yet.
+
+        False for the recomputation of a checkpointed layer, so that records stay as they are.
+        """
+        return self.depth > 0 and layer in self.layers and layer not in self.records
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether the running forward is of no more use to this capture."""
+        return self.stops and len(self.records) == len(self.layers)
+
+    def take(self, layer: int, record: CapturedLayer, training: bool, mask: Any) -> None:
+        """Check what only the running forward can tell, and keep the record."""
+        if self._grad_enabled and training and not torch.is_grad_enabled():
+            raise CaptureError(
+                f"layer {layer} runs without grad inside a forward with grad: reentrant gradient "
+                "checkpointing, whose queries and keys carry no graph; use "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        if not any(mask is checked for checked in self._checked_masks):
+            self._checked_masks.append(mask)
+            batch, _, num_tokens, _ = record.query.shape
+            if sees_next_token(mask, batch, num_tokens, record.query.device):
+                raise NotImplementedError(
+                    f"layer {layer}'s attention mask lets a token see the one after it (image "
+                    "blocks or prefixes that attend in both directions); attention maps are "
+                    "captured for causal attention only"
+                )
+        self.records[layer] = record
+
+
+class LayerTap:
+    """Sits on one attention module and hands its queries and keys to the captures that wait."""
+
+    def __init__(self, attention: nn.Module, layer: int, above: list[nn.Module]) -> None:
+        self.attention = attention
+        self.watches: list[ForwardWatch] = []
+        self._layer = layer
+        self._above = above  # from the attention module up to, without, the decoder
+
+    def see(self, query: Tensor, key: Tensor, attention_mask: Any, options: dict[str, Any]) -> None:
+        """Record one attention call; ends the forward once nobody needs the rest."""
+        waiting = [watch for watch in self.watches if watch.awaits(self._layer)]
+        if not waiting:
+            return
+        record = self._record(query, key, options)
+        for watch in waiting:
+            watch.take(self._layer, record, self.attention.training, attention_mask)
+        running = [w for w in open_watches if w.depth > 0 and w.decoder is waiting[0].decoder]
+        if all(watch.may_stop for watch in running):
+            raise StopForward(list(self._above))
+
+    def _record(self, query: Tensor, key: Tensor, options: dict[str, Any]) -> CapturedLayer:
+        for option, meaning in _UNSUPPORTED_OPTIONS.items():
+            if options.get(option) is not None:
+                raise NotImplementedError(
+                    f"layer {self._layer} uses {meaning} ({option}), which an attention map from "
+                    "queries and keys alone does not express"
+                )
+        if query.shape[-2] != key.shape[-2]:
+            raise NotImplementedError(
+                f"layer {self._layer} has {query.shape[-2]} queries and {key.shape[-2]} keys: "
+                "cross-attention, a prefix or a key-value cache that holds tokens already; "
+                "capture a forward over whole sequences, with use_cache=False"
+            )
+        is_causal = options.get("is_causal")
+        if is_causal is None:
+            is_causal = getattr(self.attention, "is_causal", True)
+        if not is_causal:
+            raise NotImplementedError(
+                f"layer {self._layer} is not causal; attention maps are captured for causal "
+                "self-attention only"
+            )
+        scale = options.get("scaling")
+        window = options.get("sliding_window", getattr(self.attention, "sliding_window", None))
+        return CapturedLayer(
+            query,
+            key,
+            scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+            window=None if window is None else int(window),
+        )
+
+
+open_watches: list[ForwardWatch] = []
+
+
+def _caches(call: Call) -> bool:
+    """Whether the decoder works with a key-value cache in this call."""
+    if call.argument("past_key_values") is not None:
+        return True
+    use_cache = call.argument("use_cache")
+    if use_cache is None:
+        use_cache = getattr(getattr(call.module, "config", None), "use_cache", False)
+    checkpointing = getattr(call.module, "gradient_checkpointing", False) and call.module.training
+    return bool(use_cache) and not checkpointing

@@ -1,0 +1,114 @@
+"""What a capture holds: queries and keys of decoder layers, by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from drivekd.errors import CaptureError
+
+_NO_ROWS = torch.empty(0, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class CapturedLayer:
+    """What one decoder layer handed to its attention function.
+
+    Attributes:
+        query: (B, H, N, D), after rotary embedding, as the model made it: no copy, any strides
+            (transformers hands over a transposed (B, N, H, D) view), with its graph.
+        key: (B, H_kv, N, D), after rotary embedding, not repeated over query groups.
+        scale: the factor on q k^T.
+        lse: (B, H, N) natural log-sum-exp of the scaled scores where the attention function gives
+            it; None so far, since transformers' functions keep it to themselves.
+        window: a query at i sees the keys at j with i - window < j <= i; None: all of j <= i.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    lse: Tensor | None = None
+    window: int | None = None
+
+
+class CapturedAttention:
+    """Captured layers, by index.
+
+    Attributes:
+        num_layers: depth of the model's decoder.
+        layers: the captured layers, ascending and non-negative.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        layers: tuple[int, ...],
+        records: dict[int, CapturedLayer],
+        input_ids: Tensor | None,
+    ) -> None:
+        self.num_layers = num_layers
+        self.layers = layers
+        self._records = records
+        self._input_ids = input_ids
+
+    @property
+    def input_ids(self) -> Tensor | None:
+        """The (B, N) input_ids of the captured forward, None if it was given embeddings."""
+        return self._input_ids
+
+    def __getitem__(self, layer: int) -> CapturedLayer:
+        """The record of `layer`; negative indices count from the last decoder layer.
+
+        Raises:
+            TypeError: `layer` is no int.
+            CaptureError: the layer does not exist, was not asked for, or no forward has passed it.
+        """
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"a captured layer is named by an int, got {type(layer).__name__}")
+        index = layer + self.num_layers if layer < 0 else layer
+        if index not in self.layers:
+            raise CaptureError(
+                f"layer {layer} was not captured: layers {list(self.layers)} of "
+                f"{self.num_layers} were asked for"
+            )
+        if index not in self._records:
+            raise CaptureError(f"layer {layer} has no record yet: no forward has passed it")
+        return self._records[index]
+
+    def select(self, rows: Tensor | Sequence[int]) -> CapturedAttention:
+        """The same records for some samples only; gradients flow to the samples selected.
+
+        Args:
+            rows: (b,) int64 indices into the batch, as a tensor or a sequence of ints.
+
+        Returns:
+            Records with b samples, in the order of `rows`.
+
+        Raises:
+            TypeError: `rows` does not hold ints (a boolean mask has no size known on the host).
+            ValueError: `rows` is not one-dimensional.
+        """
+        index = torch.as_tensor(rows if isinstance(rows, Tensor) or len(rows) else _NO_ROWS)
+        if index.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"rows must hold sample indices (int64), got {index.dtype}")
+        if index.ndim != 1:
+            raise ValueError(f"rows must be one-dimensional, got shape {tuple(index.shape)}")
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor.index_select(0, index.to(tensor.device, non_blocking=True))
+
+        records = {
+            layer: CapturedLayer(
+                pick(record.query),
+                pick(record.key),
+                record.scale,
+                None if record.lse is None else pick(record.lse),
+                record.window,
+            )
+            for layer, record in self._records.items()
+        }
+        input_ids = None if self.input_ids is None else pick(self.input_ids)
+        return CapturedAttention(self.num_layers, self.layers, records, input_ids)

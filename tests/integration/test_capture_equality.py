@@ -1,0 +1,175 @@
+"""Maps from captured queries and keys are the maps that the model itself would make."""
+
+import pytest
+import torch
+
+from drivekd.capture import capture_attention
+from tests.helpers.toy_models import FAMILIES, qwen2, text_inputs
+
+# The eager maps are a float32 softmax over float32 scores; ours are float64 on the same q, k.
+TOLERANCE = 1e-6
+
+
+def head_mean_map(record, valid, segment_ids=None):
+    """(B, N, N) map by a plain softmax: causal, window, padding and segments, in float64."""
+    query, key = record.query.double(), record.key.double()
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = record.scale * query @ key.transpose(-1, -2)
+    tokens = torch.arange(query.shape[2])
+    distance = tokens[:, None] - tokens[None]
+    visible = (distance >= 0)[None] & valid[:, None, :]
+    if record.window is not None:
+        visible = visible & (distance < record.window)
+    if segment_ids is not None:
+        visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    return scores.softmax(-1).nan_to_num(0.0).mean(1)
+
+
+def eager_attentions(model, inputs, **options):
+    model.set_attn_implementation("eager")
+    return model(**inputs, output_attentions=True, use_cache=False, **options)
+
+
+def assert_maps_equal(captured, attentions, valid):
+    for layer in captured.layers:
+        expected = attentions[layer].double().mean(1)
+        got = head_mean_map(captured[layer], valid)
+        assert expected.max() > 0.9, "the toy maps should be far from uniform"
+        torch.testing.assert_close(got[valid], expected[valid], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_maps_equal_output_attentions(family, padding, implementation):
+    model = FAMILIES[family].model()
+    inputs = FAMILIES[family].inputs(padding=padding)
+    valid = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        reference = eager_attentions(model, inputs)
+        model.set_attn_implementation(implementation)
+        with capture_attention(model, range(4)) as captured:
+            output = model(**inputs, use_cache=False)
+    assert_maps_equal(captured, reference.attentions, valid)
+    torch.testing.assert_close(output.logits[valid], reference.logits[valid], atol=1e-4, rtol=1e-4)
+    assert captured.input_ids is inputs["input_ids"]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_sliding_window_layers_give_their_window(padding, implementation):
+    model = qwen2(sliding_window=5, first_sliding_layer=2)
+    inputs = text_inputs(padding=padding)
+    with torch.no_grad():
+        reference = eager_attentions(model, inputs)
+        model.set_attn_implementation(implementation)
+        with capture_attention(model, range(4)) as captured:
+            model(**inputs, use_cache=False)
+    assert [captured[layer].window for layer in range(4)] == [None, None, 5, 5]
+    assert_maps_equal(captured, reference.attentions, inputs["attention_mask"].bool())
+
+
+def test_packed_sequences_without_cache():
+    model = qwen2()
+    input_ids = text_inputs(batch=1)["input_ids"]
+    position_ids = torch.cat([torch.arange(9), torch.arange(15)])[None]
+    segments = torch.tensor([0] * 9 + [1] * 15)[None]
+    with torch.no_grad(), capture_attention(model, [0, -1]) as captured:
+        model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        packed = [head_mean_map(captured[i], segments >= 0, segments) for i in (0, -1)]
+        for part in (slice(0, 9), slice(9, 24)):
+            model(input_ids=input_ids[:, part], use_cache=False)
+            for layer, maps in zip((0, -1), packed, strict=True):
+                alone = head_mean_map(captured[layer], segments[:, part] >= 0)
+                torch.testing.assert_close(maps[:, part, part], alone, atol=TOLERANCE, rtol=0)
+
+
+def map_loss(maps, valid):
+    """Unequal weights, so that no gradient cancels within a softmax row."""
+    weights = torch.linspace(-1.0, 2.0, maps.numel(), dtype=maps.dtype).view_as(maps)
+    return 0.7 * (weights * maps**2)[valid].sum()
+
+
+def loss_gradients(model, maps, valid):
+    loss = sum(map_loss(m, valid) for m in maps)
+    parameters = list(model.parameters())
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    names = [name for name, _ in model.named_parameters()]
+    return {n: g for n, g in zip(names, grads, strict=True) if g is not None}
+
+
+def assert_gradients_equal(got, expected):
+    assert got.keys() == expected.keys()
+    assert len(got) > 20
+    for name, grad in expected.items():
+        # float32 forwards that sum in another order; relative to each tensor's largest entry.
+        atol = 2e-5 * grad.abs().max().item() + 1e-9
+        torch.testing.assert_close(
+            got[name], grad, atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["internvl", "qwen2_5_vl", "qwen3_vl"])
+def test_gradients_equal_output_attentions(family, implementation):
+    model = FAMILIES[family].model()
+    inputs = FAMILIES[family].inputs(padding="left")
+    valid = inputs["attention_mask"].bool()
+    attentions = eager_attentions(model, inputs).attentions
+    expected = loss_gradients(model, [attentions[i].double().mean(1) for i in (0, 2)], valid)
+    model.set_attn_implementation(implementation)
+    with capture_attention(model, [0, -2]) as captured:
+        model(**inputs, use_cache=False)
+    got = loss_gradients(model, [head_mean_map(captured[i], valid) for i in (0, 2)], valid)
+    assert_gradients_equal(got, expected)
+
+
+def test_non_reentrant_checkpointing_gives_the_same_gradients():
+    """Recomputation passes the tap a second time and must not replace the record."""
+    model = FAMILIES["internvl"].model().train()
+    inputs = FAMILIES["internvl"].inputs(padding="right")
+    valid = inputs["attention_mask"].bool()
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with capture_attention(model, [0, 2]) as captured:
+            output = model(**inputs, labels=inputs["input_ids"], use_cache=False)
+            before = (captured[0], captured[2])
+            maps = [head_mean_map(captured[i], valid) for i in (0, 2)]
+            names = [n for n, _ in model.named_parameters()]
+            parameters = list(model.parameters())
+            # Two backwards, as gradient projection does: two recomputations.
+            language = torch.autograd.grad(
+                output.loss, parameters, retain_graph=True, allow_unused=True
+            )
+            grads = loss_gradients(model, maps, valid)
+            assert (captured[0], captured[2]) == before
+        results.append((dict(zip(names, language, strict=True)), grads))
+    (plain_language, plain), (language, grads) = results
+    for name, grad in plain.items():
+        assert torch.equal(grads[name], grad), name
+    for name, grad in plain_language.items():
+        assert grad is None or torch.equal(language[name], grad), name
+
+
+def test_checkpoint_around_the_whole_model_keeps_the_record():
+    from torch.utils.checkpoint import checkpoint
+
+    model = qwen2()
+    inputs = text_inputs()
+    valid = inputs["attention_mask"].bool()
+    grads = []
+    for wrapped in (False, True):
+        with capture_attention(model, [1]) as captured:
+            if wrapped:
+                logits = checkpoint(lambda: model(**inputs).logits, use_reentrant=False)
+            else:
+                logits = model(**inputs).logits
+            record = captured[1]
+            loss = logits.square().mean() + map_loss(head_mean_map(record, valid), valid)
+            grads.append(torch.autograd.grad(loss, list(model.parameters())))
+            assert captured[1] is record
+    for plain, recomputed in zip(*grads, strict=True):
+        assert torch.equal(plain, recomputed)
