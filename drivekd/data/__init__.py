@@ -1,10 +1,18 @@
-"""Driving question-answer records: reading, writing, checking."""
+"""Driving question-answer records: reading, writing, checking, encoding, batching."""
 
+from drivekd.data.collate import Collator, Route, collate_features
+from drivekd.data.encode import Encoder, ProcessorEncoder, SingleTileEncoder
 from drivekd.data.records import Message, Record, load_records, save_records
 
 __all__ = [
+    "Collator",
+    "Encoder",
     "Message",
+    "ProcessorEncoder",
     "Record",
+    "Route",
+    "SingleTileEncoder",
+    "collate_features",
     "load_records",
     "save_records",
 ]

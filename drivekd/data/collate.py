@@ -130,7 +130,7 @@ class Collator:
     Args:
         encoder: An encoder (drivekd.data.encode).
         config: The student's configuration, read by `TokenLayout.from_batch` for the image
-            token.
+            token; without one every token counts as text.
         pad_token_id: Id that fills `input_ids`.
         routes: For each receiver the question types that go to it; None for none.
         padding_side: Where padding goes.
@@ -187,13 +187,32 @@ class Collator:
         features = [self.encoder(record) for record in records]
         batch: dict[str, Any] = dict(self._collate(features, None))
         types = [record.question_type for record in records]
-        layout = TokenLayout.from_batch(batch, self.config)
+        layout = self._layout(batch)
         if self.routes:
             batch["routes"] = self._route(batch, features, types)
         batch["tokens"] = layout
         batch["question_types"] = types
         batch["record_ids"] = [record.id for record in records]
         return batch
+
+    def with_routes(self, routes: Mapping[str, Collection[str]]) -> Self:
+        """The same collator with other routes."""
+        return type(self)(
+            self.encoder,
+            self.config,
+            pad_token_id=self.pad_token_id,
+            routes=routes,
+            padding_side=self.padding_side,
+        )
+
+    def _layout(self, batch: Mapping[str, Tensor]) -> TokenLayout:
+        """The token layout; for a model without image tokens every token is text."""
+        places = (self.config, getattr(self.config, "text_config", None))
+        names = ("image_token_id", "image_token_index")
+        if any(getattr(place, name, None) is not None for place in places for name in names):
+            return TokenLayout.from_batch(batch, self.config)
+        valid = batch["attention_mask"] != 0
+        return TokenLayout.from_masks(torch.zeros_like(valid), valid=valid)
 
     def _collate(
         self, features: Sequence[Mapping[str, Tensor]], length: int | None

@@ -173,3 +173,19 @@ def test_records_are_not_changed():
     kept = copy.deepcopy(records)
     make_collator(routes={"eyes": {"perception"}})(records)
     assert records == kept
+
+
+def test_model_without_image_tokens_has_a_text_layout():
+    collator = Collator(LengthEncoder(), object(), pad_token_id=PAD)
+    tokens = collator([make_record(4, 0), make_record(2, 0)])["tokens"]
+    assert not tokens.is_vision.any()
+    assert (
+        tokens.is_text.tolist() == tokens.valid.tolist() == [[True] * 4, [True] * 2 + [False] * 2]
+    )
+
+
+def test_other_routes_make_another_collator():
+    plain = make_collator(padding_side="left")
+    routed = plain.with_routes({"eyes": {"perception"}})
+    assert not plain.routes and routed.padding_side == "left"
+    assert set(routed([make_record(3)])["routes"]) == {"eyes"}
