@@ -22,7 +22,7 @@ COLOURS = ("#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))  # the palette's second and third time round
 WIDTH = 5.2  # inches
 DOTS_PER_INCH = 160
-_STYLE = {
+STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -67,7 +67,7 @@ def save_png(figure: Figure) -> bytes:
 @contextmanager
 def figure_of(rows: int, heights: Sequence[float], *, width: float = WIDTH) -> Iterator[Any]:
     """A figure in the house style with one column of axes: yields (figure, [axes])."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, sum(heights)), layout="constrained")
         axes = figure.subplots(rows, 1, squeeze=False, height_ratios=list(heights))[:, 0]
         yield figure, list(axes)

@@ -30,6 +30,7 @@ class Question:
     length: int
     seed: int
     images: int = 1
+    messages: tuple = ()
 
 
 class Encoder:
@@ -201,7 +202,7 @@ def test_per_token_inputs_are_padded_on_the_left(model, tokenizer, monkeypatch):
     class TypedEncoder(Encoder):
         def encode_prompt(self, record):
             prompt = super().encode_prompt(record)
-            prompt["token_types"] = (prompt["input_ids"] == IMAGE).long()
+            prompt["token_type_ids"] = (prompt["input_ids"] == IMAGE).long()
             prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
             return prompt
 
@@ -217,7 +218,7 @@ def test_per_token_inputs_are_padded_on_the_left(model, tokenizer, monkeypatch):
         model, TypedEncoder(), tokenizer, questions, batch_size=2, max_new_tokens=1
     )
     assert answers == ["w2", "w3"]
-    assert seen["token_types"].tolist() == [[0, 0, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]]
+    assert seen["token_type_ids"].tolist() == [[0, 0, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]]
     assert seen["attention_mask"].tolist() == [[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8]
     assert seen["input_ids"][0, :2].tolist() == [0, 0]
     assert seen["pixel_values"].shape == (2, 3, 28, 28)
@@ -230,7 +231,7 @@ def test_images_of_two_sizes_in_one_batch_name_the_input(model, tokenizer):
             prompt["pixel_values"] = torch.zeros(1, 3, 28, 28 + 14 * record.seed)
             return prompt
 
-    with pytest.raises(DataError, match="pixel_values"):
+    with pytest.raises(ValueError, match="pixel_values"):
         generate_answers(
             model, Sizes(), tokenizer, make_questions(2), batch_size=2, max_new_tokens=1
         )
