@@ -72,42 +72,55 @@ def _finish_offload(module: nn.Module) -> None:
             part.post_forward(module, None)
 
 
+_REASON = "drivekd.capture_attention watches this call"
+
+
 class Gate:
     """The instance-level forward of one module, shared by all captures open on it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.listeners: list[Listener] = []
+        self.previous: Callable[..., Any] | None = module.__dict__.get("forward")
         self._inner: Callable[..., Any] = module.forward
-        self._previous = module.__dict__.get("forward")
-        # Only this frame is kept out of torch.compile; the forward that it calls is compiled.
+        # Only this frame and the bookkeeping stay out of torch.compile; the forward that it calls
+        # is compiled.
         keep_out = torch.compiler.disable(  # type: ignore[no-untyped-call]
-            recursive=False, reason="drivekd.capture_attention watches this call"
+            recursive=False, reason=_REASON
         )
         self.forward = functools.wraps(self._inner)(keep_out(self._call))
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        if _in_backward() or not self.listeners:
-            return self._inner(*args, **kwargs)
-        call = Call(self.module, self._inner, args, kwargs)
-        listeners = list(self.listeners)
-        entered: list[Listener] = []
+        entered = self._enter(args, kwargs)
         try:
-            for listener in listeners:
-                listener.enter(call)
-                listener.depth += 1
-                entered.append(listener)
             return self._inner(*args, **kwargs)
         except StopForward as stop:
-            for module in (*stop.passed, self.module):
-                _finish_offload(module)
-            stop.passed = []
+            self._finish(stop)
             if any(listener.depth > 1 for listener in entered):
                 raise
             return None
         finally:
             for listener in entered:
                 listener.depth -= 1
+
+    @torch.compiler.disable(reason=_REASON)  # type: ignore[no-untyped-call, untyped-decorator]
+    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Listener]:
+        """Tell all listeners; the ones to be told when the call ends."""
+        if not self.listeners or _in_backward():
+            return []
+        call = Call(self.module, self._inner, args, kwargs)
+        listeners = list(self.listeners)
+        for listener in listeners:
+            listener.enter(call)
+        for listener in listeners:
+            listener.depth += 1
+        return listeners
+
+    @torch.compiler.disable(reason=_REASON)  # type: ignore[no-untyped-call, untyped-decorator]
+    def _finish(self, stop: StopForward) -> None:
+        for module in (*stop.passed, self.module):
+            _finish_offload(module)
+        stop.passed = []
 
 
 _gates: list[Gate] = []
@@ -136,7 +149,7 @@ def close_gate(gate: Gate, listener: Listener) -> None:
     _gates.remove(gate)
     if gate.module.__dict__.get("forward") is not gate.forward:
         return
-    if gate._previous is None:
+    if gate.previous is None:
         del gate.module.__dict__["forward"]
     else:
-        gate.module.__dict__["forward"] = gate._previous
+        gate.module.__dict__["forward"] = gate.previous
