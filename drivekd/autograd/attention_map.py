@@ -1,0 +1,102 @@
+"""Autograd of the attention-map losses: gradients computed in forward, scaled in backward."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from drivekd.ops.attention_map import attention_map_loss
+
+
+@dataclass(frozen=True)
+class AttentionMapLossSpec:
+    """Everything of one call that is not a tensor; see `drivekd.ops.attention_map`."""
+
+    group_members: tuple[int, ...]
+    group_offsets: tuple[int, ...]
+    scale_student: tuple[float, ...]
+    scale_teacher: tuple[float, ...]
+    windows: tuple[int, ...]
+    causal: bool
+    loss: str
+    denominator: str
+    needs_dq: tuple[bool, ...]
+    needs_dk: tuple[bool, ...]
+    backend: str
+
+
+class AttentionMapLossFunction(torch.autograd.Function):
+    """Losses (L,) of L student layers; only their queries and keys receive gradients.
+
+    Saved for backward: the gradients of the unscaled sums, of the size of the student's q and k,
+    and their factors (L, B). No map and no tensor of the teacher is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        spec: AttentionMapLossSpec,
+        num_student: int,
+        num_teacher: int,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        """Takes q, k of the student, q, k of the teacher, both lse, then the five masks."""
+        q_student, k_student, q_teacher, k_teacher, lse_student, lse_teacher, masks = _split(
+            tensors, [num_student] * 2 + [num_teacher] * 2 + [num_student, num_teacher, 5]
+        )
+        losses, dq, dk, factor = attention_map_loss(
+            cast(Sequence[Tensor], q_student),
+            cast(Sequence[Tensor], k_student),
+            cast(Sequence[Tensor], q_teacher),
+            cast(Sequence[Tensor], k_teacher),
+            lse_student,
+            lse_teacher,
+            spec.group_members,
+            spec.group_offsets,
+            *masks,
+            spec.scale_student,
+            spec.scale_teacher,
+            spec.windows,
+            spec.causal,
+            spec.loss,
+            spec.denominator,
+            spec.needs_dq,
+            spec.needs_dk,
+            spec.backend,
+        )
+        ctx.save_for_backward(*dq, *dk, factor)
+        ctx.needed = (*spec.needs_dq, *spec.needs_dk)
+        ctx.dtypes = tuple(cast(Tensor, each).dtype for each in (*q_student, *k_student))
+        ctx.num_rest = 2 * num_teacher + num_student + num_teacher + 5
+        return cast(Tensor, losses)
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale on the device, out of place, and cast last."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise NotImplementedError(
+                "attention-map losses have no second derivatives: their gradients are computed in "
+                "forward; call backward or autograd.grad without create_graph=True"
+            )
+        *unscaled, factor = ctx.saved_tensors
+        scale = factor * grad_losses[:, None]  # (L, B)
+        num_layers = scale.shape[0]
+        grads = [
+            (each * scale[i % num_layers, :, None, None, None]).to(dtype) if needed else None
+            for i, (each, needed, dtype) in enumerate(
+                zip(unscaled, ctx.needed, ctx.dtypes, strict=True)
+            )
+        ]
+        return None, None, None, *grads, *[None] * ctx.num_rest
+
+
+def _split(
+    tensors: tuple[Tensor | None, ...], sizes: Sequence[int]
+) -> list[tuple[Tensor | None, ...]]:
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(tensors[start : start + size])
+        start += size
+    return parts
