@@ -1,0 +1,304 @@
+"""The command line: help, exit codes, one-line errors, and what reaches the functions below."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from PIL import Image
+
+import drivekd
+from drivekd import errors
+from drivekd.cli import build_parser, main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Put a module in the place of drivekd.<name>."""
+
+    def install(name, **functions):
+        module = ModuleType(f"drivekd.{name}")
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, f"drivekd.{name}", module)
+        monkeypatch.setattr(drivekd, name, module, raising=False)
+
+    return install
+
+
+def failing(error):
+    def run(*_, **__):
+        raise error
+
+    return run
+
+
+def python_m(*arguments, **settings):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "drivekd", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=120,
+        check=False,
+        **settings,
+    )
+
+
+# help
+
+
+def test_help_says_what_to_try_first_where_outputs_go_and_gives_examples(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    for words in ("start here:", "examples:", "where things go:", "exit codes:", "runs/demo"):
+        assert words in text
+    assert max(len(line) for line in text.splitlines()) <= 100
+
+
+@pytest.mark.parametrize(
+    "command", [["demo"], ["distill"], ["data"], ["data", "check"], ["evaluate"], ["doctor"]]
+)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([*command, "--help"])
+    assert left.value.code == 0
+    assert f"usage: drivekd {' '.join(command)}" in capsys.readouterr().out
+
+
+def test_examples_in_the_help_are_legal_command_lines():
+    parser = build_parser()
+    lines = parser.epilog.split("examples:")[1].split("where things go:")[0].strip().splitlines()
+    assert len(lines) >= 4
+    for line in lines:
+        command = line.split("   ")[0].split()
+        assert command[0] == "drivekd"
+        parser.parse_args(command[1:])
+
+
+def test_help_imports_nothing_heavy(run_python):
+    run_python(
+        "import sys, contextlib, drivekd.cli as cli\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    cli.main(['--help'])\n"
+        "bad = {'torch', 'numpy', 'transformers', 'matplotlib'} & set(sys.modules)\n"
+        "assert not bad, bad"
+    )
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith("drivekd ")
+
+
+# exit codes
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["demo", "--steps", "0"],
+        ["demo", "--workers", "many"],
+        ["demo", "--fast", "--steps", "3"],
+        ["data"],
+        ["data", "check"],
+        ["evaluate", "model"],
+        ["doctor", "--json", "--build"],
+    ],
+)
+def test_an_illegal_command_line_leaves_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert "usage: drivekd" in capsys.readouterr().err
+
+
+OURS = [getattr(errors, name) for name in vars(errors) if name.endswith("Error")]
+
+
+@pytest.mark.parametrize("kind", [*OURS, FileNotFoundError, PermissionError, ImportError])
+def test_expected_errors_are_one_line_on_stderr_and_code_2(kind, fake, capsys):
+    fake("demo", run=failing(kind("what came\n  and what to do")))
+    assert main(["demo"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "drivekd demo: error: what came and what to do\n"
+
+
+def test_every_error_class_of_ours_is_expected():
+    assert len(OURS) >= 5
+
+
+def test_a_missing_file_is_named_without_its_number(fake, capsys, tmp_path):
+    def run(*_, **__):
+        (tmp_path / "gone").read_text()
+
+    fake("demo", run=run)
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err == (
+        f"drivekd demo: error: {tmp_path / 'gone'}: No such file or directory\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "demo"], ["demo", "--debug"]])
+def test_debug_shows_the_traceback(arguments, fake):
+    fake("demo", run=failing(errors.DataError("x")))
+    with pytest.raises(errors.DataError):
+        main(arguments)
+
+
+def test_a_bug_is_not_hidden(fake):
+    fake("demo", run=failing(ZeroDivisionError("bug")))
+    with pytest.raises(ZeroDivisionError):
+        main(["demo"])
+
+
+def test_an_interrupt_leaves_with_130(fake, capsys):
+    fake("demo", run=failing(KeyboardInterrupt()))
+    assert main(["demo"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "drivekd", "doctor"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 0, err
+    assert err == b""
+    process.stderr.close()
+
+
+def test_python_m_gives_the_code_to_the_shell(tmp_path):
+    done = python_m("data", "check", str(tmp_path / "none.json"))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("drivekd data check: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+# what reaches the functions below
+
+
+def test_demo_passes_its_settings_on(fake, capsys):
+    calls = []
+
+    def run(output, **settings):
+        calls.append((output, settings))
+        return output / "report.html"
+
+    fake("demo", run=run)
+    assert main(["demo"]) == 0
+    out = Path("runs/demo")
+    cores = os.cpu_count()
+    assert calls.pop() == (out, {"full": False, "seeds": None, "workers": cores, "steps": None})
+    assert capsys.readouterr().out == f"report: {out / 'report.html'}\n"
+    line = [
+        "demo",
+        "--output",
+        "o",
+        "--full",
+        "--seeds",
+        "3",
+        "1",
+        "--workers",
+        "1",
+        "--steps",
+        "9",
+    ]
+    assert main(line) == 0
+    wanted = {"full": True, "seeds": [3, 1], "workers": 1, "steps": 9}
+    assert calls.pop() == (Path("o"), wanted)
+    assert main(["demo", "--fast"]) == 0
+    assert 0 < calls.pop()[1]["steps"] < 100
+
+
+def test_distill_loads_the_recipe_with_its_overrides(fake, capsys):
+    fake(
+        "train",
+        load_recipe=lambda path, overrides: SimpleNamespace(path=path, overrides=overrides),
+        distill=lambda recipe: f"{recipe.path} {recipe.overrides}",
+    )
+    assert main(["distill", "r.yaml", "a.b=c", "d=e"]) == 0
+    assert capsys.readouterr().out == "student: r.yaml ['a.b=c', 'd=e']\n"
+    fake("train", load_recipe=failing(errors.RecipeError("unknown key x")), distill=None)
+    assert main(["distill", "r.yaml"]) == 2
+    assert "drivekd distill: error: unknown key x" in capsys.readouterr().err
+
+
+def write_records(folder, name, pictures, *, answer="Final: A. yes"):
+    """A file of records, one a picture; a picture is a colour or None for a missing file."""
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for i, colour in enumerate(pictures):
+        if colour is not None:
+            picture = Image.new("RGB", (8, 8), colour)
+            picture.putpixel((0, 0), (255, 255, 255))
+            picture.save(folder / f"{name}{i}.png")
+        messages = [
+            {"role": "user", "content": "<image>Is it? A. yes B. no"},
+            {"role": "assistant", "content": answer},
+        ]
+        images = [f"{name}{i}.png"]
+        rows.append({"messages": messages, "images": images, "question_type": "planning"})
+    (folder / f"{name}.json").write_text(json.dumps(rows))
+    return str(folder / f"{name}.json")
+
+
+def test_data_check_of_good_files_leaves_with_0(capsys, tmp_path):
+    file = write_records(tmp_path, "train", ["red", "blue"])
+    assert main(["data", "check", file]) == 0
+    assert capsys.readouterr().out == f"{file}: 2 records (planning), 2 images, no problems\n"
+
+
+def test_data_check_names_every_problem_and_leaves_with_1(capsys, tmp_path):
+    train = write_records(tmp_path / "a", "train", ["red", None])
+    test = write_records(tmp_path / "b", "test", ["green"])
+    assert main(["data", "check", train, test]) == 1
+    problem, first, second = capsys.readouterr().out.splitlines()
+    assert problem.startswith(f"{train}[1]: ")
+    assert "train1.png" in problem
+    assert first == f"{train}: 2 records (planning), 2 images, 1 problem"
+    assert second == f"{test}: 1 records (planning), 1 images, no problems"
+
+
+def test_data_check_finds_a_picture_in_two_files(capsys, tmp_path):
+    files = [write_records(tmp_path, name, ["red"]) for name in ("train", "test")]
+    assert main(["data", "check", *files]) == 1
+    assert "train" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_data_check_takes_images_from_root(capsys, tmp_path):
+    file = write_records(tmp_path / "pictures", "train", ["red"])
+    moved = Path(file).rename(tmp_path / "train.json")
+    assert main(["data", "check", str(moved)]) == 1
+    assert main(["data", "check", str(moved), "--root", str(tmp_path / "pictures")]) == 0
+
+
+def test_doctor_prints_text_json_or_the_build_and_its_code(monkeypatch, capsys):
+    monkeypatch.delenv("DRIVEKD_BACKEND", raising=False)
+    assert main(["doctor"]) == 0
+    assert "Backends" in capsys.readouterr().out
+    assert main(["doctor", "--build"]) == 0
+    assert capsys.readouterr().out.startswith("drivekd: compiled extension ")
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+    monkeypatch.setenv("DRIVEKD_BACKEND", "abacus")
+    assert main(["doctor", "--json"]) == 1
+    assert "abacus" in json.loads(capsys.readouterr().out)["problems"][0]
