@@ -26,9 +26,9 @@ TEXT = {
 
 
 def traces(*models):
-    """Everything a capture touches: the registry and every module's own attributes."""
+    """Everything a capture touches: the registry, modules' attribute names and their forwards."""
     attributes = [
-        {name: id(value) for name, value in module.__dict__.items() if name != "training"}
+        (set(module.__dict__), id(module.__dict__.get("forward")))
         for model in models
         for module in model.modules()
     ]

@@ -117,10 +117,9 @@ def map_loss(maps, valid):
 
 def loss_gradients(model, maps, valid):
     loss = sum(map_loss(m, valid) for m in maps)
-    parameters = list(model.parameters())
-    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-    names = [name for name, _ in model.named_parameters()]
-    return {n: g for n, g in zip(names, grads, strict=True) if g is not None}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {n: g for n, g in zip(parameters, grads, strict=True) if g is not None}
 
 
 def assert_gradients_equal(got, expected):
@@ -146,6 +145,24 @@ def test_gradients_equal_output_attentions(family, implementation):
     with capture_attention(model, [0, -2]) as captured:
         model(**inputs, use_cache=False)
     got = loss_gradients(model, [head_mean_map(captured[i], valid) for i in (0, 2)], valid)
+    assert_gradients_equal(got, expected)
+
+
+def test_lora_gradients_equal_output_attentions():
+    from peft import LoraConfig, get_peft_model
+
+    targets = r".*language_model.*\.(q_proj|k_proj|down_proj)"
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(FAMILIES["internvl"].model(), config)
+    inputs = FAMILIES["internvl"].inputs(padding="right")
+    valid = inputs["attention_mask"].bool()
+    attentions = eager_attentions(model, inputs).attentions
+    expected = loss_gradients(model, [attentions[i].double().mean(1) for i in (0, 3)], valid)
+    model.set_attn_implementation("sdpa")
+    with capture_attention(model, [0, 3]) as captured:
+        model(**inputs, use_cache=False)
+    got = loss_gradients(model, [head_mean_map(captured[i], valid) for i in (0, 3)], valid)
+    assert all("lora_" in name for name in got)
     assert_gradients_equal(got, expected)
 
 
