@@ -20,6 +20,7 @@ from drivekd.driving import (
     sample_frames,
     simulate_scene,
 )
+from drivekd.driving import world as world_module
 
 pytest.importorskip("highway_env")
 
@@ -141,6 +142,20 @@ def test_scenes_are_in_the_window_sorted_and_never_empty():
             assert all(b - a > 5.0 for a, b in pairwise(sorted(positions)))  # nobody crashed
 
 
+def test_a_scene_with_any_crash_is_replaced_by_the_next_attempt(monkeypatch):
+    """Frames 13, 26 and 31 of this seed crash at first; without a crash rule they would be kept."""
+    outcomes = []
+    attempt = world_module._attempt
+    monkeypatch.setattr(
+        world_module, "_attempt", lambda rng: outcomes.append(attempt(rng)) or outcomes[-1]
+    )
+    for frame in (13, 26, 31):
+        outcomes.clear()
+        scene = simulate_scene(0, "train", frame)
+        assert outcomes[0] is None
+        assert scene == outcomes[-1] is not None
+
+
 def _scene(ego_lane, *vehicles):
     return Scene(ego_lane, tuple(VisibleVehicle(x, lane, dv, x - dv) for x, lane, dv in vehicles))
 
@@ -180,8 +195,17 @@ def _scene(ego_lane, *vehicles):
         (_scene(1, (15.0, 1, -4.0)), {"action": "change left"}),
         (_scene(0, (15.0, 0, -4.0)), {"action": "change right"}),
         (_scene(1, (15.0, 1, -4.0), (3.0, 0, 0.0)), {"action": "change right"}),
-        # No gain: the left lane is as slow and as near as one's own.
-        (_scene(0, (15.0, 0, -4.0), (15.0, 1, -4.0)), {"action": "brake"}),
+        # Safe by gap and time, but MOBIL sees no gain, or too hard braking behind.
+        (
+            _scene(0, (20.0, 0, -4.0), (20.0, 1, -4.0)),
+            {"action": "brake", "safe_right": "safe"},
+        ),
+        (
+            _scene(0, (20.0, 0, -4.0), (-25.0, 1, 6.0)),
+            {"action": "brake", "safe_right": "safe"},
+        ),
+        # Beside, but behind.
+        (_scene(1, (-1.0, 3, 0.0)), {"count": "zero"}),
         (
             _scene(2, (1.0, 0, 0.0), (2.0, 0, 0.0), (3.0, 1, 0), (4.0, 3, 0)),
             {"count": "four or more"},
