@@ -92,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("drivekd: interrupted", file=sys.stderr)
         return 130
     except EXPECTED_ERRORS as error:
-        if settings.debug:
+        own_module = isinstance(error, ImportError) and (error.name or "").startswith("drivekd")
+        if settings.debug or own_module:
             raise
         print(f"drivekd {settings.command}: error: {_one_line(error)}", file=sys.stderr)
         return FAILED

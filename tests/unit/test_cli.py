@@ -158,9 +158,10 @@ def test_debug_shows_the_traceback(arguments, fake):
         main(arguments)
 
 
-def test_a_bug_is_not_hidden(fake):
-    fake("demo", run=failing(ZeroDivisionError("bug")))
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("bug", [ZeroDivisionError("x"), ImportError("x", name="drivekd.gone")])
+def test_a_bug_is_not_hidden(bug, fake):
+    fake("demo", run=failing(bug))
+    with pytest.raises(type(bug)):
         main(["demo"])
 
 
