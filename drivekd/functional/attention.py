@@ -12,6 +12,7 @@ from drivekd.autograd.attention_map import AttentionMapLossFunction, AttentionMa
 from drivekd.ops import attention_map as _ops
 from drivekd.ops.dispatch import BackendName, resolve
 from drivekd.tokens import TokenLayout
+from drivekd.validation import check_groups
 
 Region = Literal["full", "text_to_vision"]
 Loss = Literal["mse", "cosine", "kl"]
@@ -281,7 +282,7 @@ def layerwise_attention_map_loss(
             check.per_layer("scale_teacher", scale_teacher, len(q_t)),
             check.per_layer("lse_teacher", lse_teacher, len(q_t)),
         ),
-        check.check_groups(groups, len(q_s), len(q_t)),
+        check_groups(groups, len(q_s), len(q_t)),
         tokens,
         region=region,
         loss=loss,
@@ -354,9 +355,7 @@ def _losses(
     backend: str,
 ) -> Tensor:
     """Check what concerns both models, settle the backend, and call: (L,) losses."""
-    check.check_choice("region", region, REGIONS)
-    check.check_choice("loss", loss, LOSSES)
-    check.check_choice("denominator", denominator, DENOMINATORS)
+    check_settings(region, loss, denominator)
     check.check_flag("causal", causal)
     first = student.queries[0]
     check.check_same_tokens(teacher.queries[0], first, teacher.name, student.name)
@@ -407,6 +406,13 @@ def _losses(
         weight,
     )
     return losses
+
+
+def check_settings(region: object, loss: object, denominator: object) -> None:
+    """Refuse settings of an attention-map loss that do not exist, naming the legal ones."""
+    check.check_choice("region", region, REGIONS)
+    check.check_choice("loss", loss, LOSSES)
+    check.check_choice("denominator", denominator, DENOMINATORS)
 
 
 def _objects(value: object) -> list[object]:

@@ -4,6 +4,8 @@ Maps come as probabilities P or as logarithms of P. In the log domain the gradie
 U = dL/dlog P = P * dL/dP, which exists where P itself underflows.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,8 +38,8 @@ def log_cosine_rows(log_s: Tensor, log_t: Tensor, seen: Visibility) -> tuple[Ten
     """1 - cos(P_s, P_t) of each row over the region, and dL/dlog P_s."""
     if seen.outside is not None:
         log_s, log_t = log_s + seen.outside, log_t + seen.outside
-    p_s = (log_s - log_s.amax(dim=-1, keepdim=True)).exp_()
-    p_t = (log_t - log_t.amax(dim=-1, keepdim=True)).exp_()
+    p_s = exp_(log_s - log_s.amax(dim=-1, keepdim=True))
+    p_t = exp_(log_t - log_t.amax(dim=-1, keepdim=True))
     rows, grad = _cosine(p_s, p_t)
     return _count(rows, grad.mul_(p_s), seen)
 
@@ -48,13 +50,20 @@ def log_kl_rows(log_s: Tensor, log_t: Tensor, seen: Visibility) -> tuple[Tensor,
         log_s, log_t = log_s + seen.outside, log_t + seen.outside
         log_s, log_t = log_s.log_softmax(dim=-1), log_t.log_softmax(dim=-1)
     gap = log_t - log_s
-    p_s, p_t = log_s.exp(), log_t.exp()
-    # P_s - P_t without cancellation: the larger of the two times +-expm1(-|gap|).
-    grad = torch.where(gap > 0, p_t, p_s.neg_()).mul_(gap.abs().neg_().expm1_())
+    p_t = exp_(log_t.clone())
+    grad = exp_(log_s.clone()).sub_(p_t)
     # Both maps sum to 1, so adding P_s - P_t to each cell's term changes nothing but its sign:
     # every term is then >= 0 and an error of log P enters in second order only.
     rows = torch.addcmul(grad, p_t, gap).sum(dim=-1)
     return _count(rows, grad, seen)
+
+
+def exp_(logs: Tensor) -> Tensor:
+    """In-place exp that never goes below the smallest normal number.
+
+    Results under it change no sum, and a CPU's vector library is 10 to 50 times slower there.
+    """
+    return logs.clamp_(min=math.log(torch.finfo(logs.dtype).tiny) + 1).exp_()
 
 
 def _cosine(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,13 +25,14 @@ from drivekd.ops.dispatch import register
 from drivekd.ops.torch_backend.attention_chunks import Chunk, Plan, Visibility, Workspace
 from drivekd.ops.torch_backend.attention_losses import (
     cosine_rows,
+    exp_,
     log_cosine_rows,
     log_kl_rows,
     mse_rows,
 )
 
 # Bytes of the scores of one block of heads.
-_BLOCK_BYTES = {"cpu": 2**20}
+_BLOCK_BYTES = {"cpu": 2**22}
 _BLOCK_BYTES_ELSEWHERE = 64 * 2**20
 
 
@@ -142,7 +143,7 @@ class _HeadMean:
             return total.div_(num_heads)
         for block in keep or ():
             assert block.log_weight is not None
-            block.stack.mul_(block.log_weight.sub_(total).exp_()[:, None])
+            block.stack.mul_(exp_(block.log_weight.sub_(total))[:, None])
         return total.sub_(math.log(num_heads))
 
     def _blocks(
@@ -197,7 +198,7 @@ class _HeadMean:
                 lse = lse.masked_fill(seen.dead[:, None], 0)
             torch.sub(scores, lse[..., None], out=stack)
             if not self.log_domain:
-                stack.exp_()
+                exp_(stack)
                 return None
         elif self.log_domain:
             torch.ops.aten._log_softmax.out(scores, -1, False, out=stack)
@@ -205,7 +206,7 @@ class _HeadMean:
             torch.ops.aten._softmax.out(scores, -1, False, out=stack)
             return None
         top = stack.amax(dim=1)
-        stack.sub_(top[:, None]).exp_()
+        exp_(stack.sub_(top[:, None]))
         return top
 
 
@@ -289,7 +290,7 @@ def _student_gradient(
     if log_mean is None:
         grad = grad.div_(num_heads)
     else:
-        mass = log_mean.exp_().mul_(num_heads)[:, None]
+        mass = exp_(log_mean).mul_(num_heads)[:, None]
     for block in blocks:
         ds = torch.mul(block.stack, grad[:, None], out=work.take("scores", *block.stack.shape))
         delta = ds.sum(dim=-1, keepdim=True)

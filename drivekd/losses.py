@@ -1,0 +1,213 @@
+"""nn.Module shells over `drivekd.functional`: they hold settings and read captures."""
+
+import os
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from drivekd.errors import TokenMismatchError
+from drivekd.functional import layerwise_attention_map_loss
+from drivekd.functional.attention import (
+    Denominator,
+    Loss,
+    Region,
+    check_groups,
+    check_settings,
+)
+from drivekd.pairing import match_layer_groups
+from drivekd.tokens import TokenLayout
+
+
+class LayerRecord(Protocol):
+    """What a capture holds of one layer; see `drivekd.capture.CapturedLayer`."""
+
+    @property
+    def query(self) -> Tensor: ...  # noqa: D102
+    @property
+    def key(self) -> Tensor: ...  # noqa: D102
+    @property
+    def scale(self) -> float: ...  # noqa: D102
+    @property
+    def lse(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def window(self) -> int | None: ...  # noqa: D102
+
+
+class CaptureRecords(Protocol):
+    """What a loss reads of a capture; see `drivekd.capture_attention`."""
+
+    @property
+    def input_ids(self) -> Tensor | None: ...  # noqa: D102
+    def __getitem__(self, layer: int, /) -> LayerRecord: ...
+
+
+class AttentionMapLoss(nn.Module):
+    """Attention-map loss of one capability, between layers of two captures.
+
+    Args:
+        student_layers: Student layers, negative ones count from the end.
+        teacher_layers: Teacher layers.
+        region: `"full"`, or `"text_to_vision"`: text queries x vision keys.
+        loss: `"mse"`, `"cosine"` or `"kl"`; see `drivekd.functional.attention_map_loss`.
+        denominator: `"official"` or `"live"`; used by `mse` only.
+        groups: For each student layer its teachers, as positions in `teacher_layers`. Default: one
+            to one where both lists are equally long, else `drivekd.match_layer_groups`.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: No layer is named, a setting is unknown, or `groups` does not fit the layers.
+
+    Example:
+        >>> perception = AttentionMapLoss(
+        ...     student_layers=[0], teacher_layers=[0], region="text_to_vision"
+        ... )
+        >>> perception.groups
+        [[0]]
+    """
+
+    def __init__(
+        self,
+        *,
+        student_layers: Sequence[int],
+        teacher_layers: Sequence[int],
+        region: Region,
+        loss: Loss = "mse",
+        denominator: Denominator = "official",
+        groups: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.student_layers = _layers("student_layers", student_layers)
+        self.teacher_layers = _layers("teacher_layers", teacher_layers)
+        k, m = len(self.student_layers), len(self.teacher_layers)
+        if groups is None:
+            groups = match_layer_groups(k, m)
+        check_settings(region, loss, denominator)
+        self.region: Region = region
+        self.loss: Loss = loss
+        self.denominator: Denominator = denominator
+        self.groups = [list(group) for group in check_groups(groups, k, m)]
+
+    def forward(
+        self,
+        student_capture: CaptureRecords,
+        teacher_capture: CaptureRecords,
+        tokens: TokenLayout | None,
+        sample_weight: Tensor | None = None,
+        *,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> Tensor:
+        """Loss between the captured layers, 0-d; (L,) for `reduction="none"`.
+
+        Args:
+            student_capture: Captured forward of the student; gradients flow to its model.
+            teacher_capture: Captured forward of the teacher, made under `torch.no_grad()`.
+            tokens: What each token is; None only for the full region without padding.
+            sample_weight: (B,) floating, one weight a sample.
+            reduction: `"mean"` over student layers, or `"none"`.
+
+        Raises:
+            TokenMismatchError: The two models saw different tokens. Shapes are always compared;
+                `input_ids`, where both captures know them, by value on the CPU, and on other
+                devices (where that synchronises) under `DRIVEKD_DEBUG=1`.
+            NotImplementedError: A student layer and its teacher have different sliding windows.
+            ValueError: As `drivekd.functional.layerwise_attention_map_loss`.
+            drivekd.errors.CaptureError: A layer was not captured.
+        """
+        students = [student_capture[layer] for layer in self.student_layers]
+        teachers = [teacher_capture[layer] for layer in self.teacher_layers]
+        _check_same_tokens(student_capture, teacher_capture, students[0], teachers[0], tokens)
+        return layerwise_attention_map_loss(
+            [(each.query, each.key) for each in students],
+            [(each.query, each.key) for each in teachers],
+            self.groups,
+            tokens,
+            reduction=reduction,
+            region=self.region,
+            loss=self.loss,
+            denominator=self.denominator,
+            window=self._windows(students, teachers),
+            sample_weight=sample_weight,
+            scale_student=[each.scale for each in students],
+            scale_teacher=[each.scale for each in teachers],
+            lse_student=[each.lse for each in students],
+            lse_teacher=[each.lse for each in teachers],
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, for `print(model)`."""
+        return (
+            f"student_layers={self.student_layers}, teacher_layers={self.teacher_layers}, "
+            f"region={self.region!r}, loss={self.loss!r}, denominator={self.denominator!r}"
+        )
+
+    def _windows(
+        self, students: list[LayerRecord], teachers: list[LayerRecord]
+    ) -> list[int | None]:
+        """The window of each student layer; a window that covers all tokens is none."""
+        windows = []
+        for layer, student, group in zip(self.student_layers, students, self.groups, strict=True):
+            window = _effective_window(student)
+            for teacher in group:
+                other = _effective_window(teachers[teacher])
+                if other != window:
+                    raise NotImplementedError(
+                        f"student layer {layer} attends within a window of {window} tokens but "
+                        f"teacher layer {self.teacher_layers[teacher]} within {other}; pair layers "
+                        "with the same window"
+                    )
+            windows.append(window)
+        return windows
+
+
+def _effective_window(record: LayerRecord) -> int | None:
+    window = record.window
+    return None if window is None or window >= record.query.shape[2] else window
+
+
+def _check_same_tokens(
+    student: CaptureRecords,
+    teacher: CaptureRecords,
+    student_layer: LayerRecord,
+    teacher_layer: LayerRecord,
+    tokens: TokenLayout | None,
+) -> None:
+    seen = [(each.query.shape[0], each.query.shape[2]) for each in (student_layer, teacher_layer)]
+    if seen[0] != seen[1]:
+        raise TokenMismatchError(
+            f"the student saw {seen[0][0]} samples of {seen[0][1]} tokens but the teacher "
+            f"{seen[1][0]} of {seen[1][1]}; give both models the same batch"
+        )
+    ids, other = student.input_ids, teacher.input_ids
+    if ids is None or other is None:
+        return
+    if ids.shape != other.shape:
+        raise TokenMismatchError(
+            f"input_ids of the student have shape {tuple(ids.shape)}, those of the teacher "
+            f"{tuple(other.shape)}; give both models the same batch"
+        )
+    on_cpu = ids.device.type == "cpu" and other.device.type == "cpu"
+    if torch.compiler.is_compiling() or not (on_cpu or os.environ.get("DRIVEKD_DEBUG") == "1"):
+        return
+    differ = ids != other.to(ids.device)
+    if tokens is not None and tokens.valid.shape == differ.shape:
+        differ &= tokens.valid.to(ids.device)
+    if bool(differ.any()):
+        sample, position = (int(index) for index in differ.nonzero()[0])
+        raise TokenMismatchError(
+            f"student and teacher saw different tokens: sample {sample}, position {position} is "
+            f"{int(ids[sample, position])} for the student and {int(other[sample, position])} for "
+            "the teacher; both need the same tokenizer and the same batch"
+        )
+
+
+def _layers(name: str, layers: Sequence[int]) -> list[int]:
+    if isinstance(layers, str | bytes) or not isinstance(layers, Sequence):
+        raise TypeError(f"{name} is a {type(layers).__name__}; wanted a list of layer indices")
+    if len(layers) == 0:
+        raise ValueError(f"{name} is empty; wanted at least one layer")
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"{name} holds a {type(layer).__name__}; wanted layer indices (int)")
+    return list(layers)
