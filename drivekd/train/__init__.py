@@ -1,0 +1,24 @@
+"""Training: settings, recipes, the trainer, and a whole distillation from one file."""
+
+from drivekd.train.callbacks import JsonlLogger
+from drivekd.train.config import DistillConfig, ProjectionConfig, SignalConfig
+from drivekd.train.logits import logit_distillation_loss
+from drivekd.train.models import load_model
+from drivekd.train.recipe import DataConfig, EncoderConfig, Recipe, load_recipe
+from drivekd.train.run import distill
+from drivekd.train.trainer import DistillTrainer
+
+__all__ = [
+    "DataConfig",
+    "DistillConfig",
+    "DistillTrainer",
+    "EncoderConfig",
+    "JsonlLogger",
+    "ProjectionConfig",
+    "Recipe",
+    "SignalConfig",
+    "distill",
+    "load_model",
+    "load_recipe",
+    "logit_distillation_loss",
+]

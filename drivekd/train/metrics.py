@@ -1,0 +1,124 @@
+"""What a distillation logs, gathered on the device and read back once per log row."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from drivekd.train.config import ANCHOR
+
+_LOG = logging.getLogger(__name__)
+_COLUMNS = ("weight", "share_raw", "share", "cosine_ce", "conflict_ce", "conflict_others")
+# A signal counts as too small after this many micro-batches in a row, none above the threshold.
+_PATIENCE = 10
+
+
+class GradientReport(Protocol):
+    """What is read of a `drivekd.projection.ProjectionReport`."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Task names, K of them."""
+        ...
+
+    @property
+    def cosines(self) -> Tensor:
+        """(K, K) cosines of the raw gradients."""
+        ...
+
+    @property
+    def conflicts(self) -> Tensor:
+        """(K, K) bool, negative inner products of raw gradients."""
+        ...
+
+    @property
+    def norms(self) -> Tensor:
+        """(K,) norms of the raw gradients."""
+        ...
+
+    @property
+    def loss_weights(self) -> Tensor:
+        """(K,) weights of the losses."""
+        ...
+
+
+class StepMetrics:
+    """Means over the micro-batches since the last log row; no synchronisation until `flush`.
+
+    Args:
+        threshold: A signal whose weighted gradient norm stays under this share of the
+            cross-entropy's is reported once, by a warning.
+    """
+
+    def __init__(self, *, threshold: float) -> None:
+        self._threshold = threshold
+        self._losses: dict[str, list[Tensor]] = {}
+        self._gradients: dict[str, list[Tensor]] = {}
+        self._below: dict[str, int] = {}
+        self._warned: set[str] = set()
+
+    def add_losses(self, losses: Mapping[str, Tensor]) -> None:
+        """Note the losses of a micro-batch, by task name."""
+        for name, loss in losses.items():
+            self._losses.setdefault(name, []).append(loss.detach().float())
+
+    def add_report(self, report: GradientReport) -> None:
+        """Note norms, cosines and conflicts of a micro-batch."""
+        anchor = report.names.index(ANCHOR)
+        weighted = report.norms * report.loss_weights
+        conflicts = report.conflicts.to(report.norms.dtype)
+        for index, name in enumerate(report.names):
+            if index == anchor:
+                continue
+            others = [i for i in range(len(report.names)) if i not in (anchor, index)]
+            columns = [
+                report.loss_weights[index] / report.loss_weights[anchor],
+                report.norms[index] / report.norms[anchor],
+                weighted[index] / weighted[anchor],
+                report.cosines[index, anchor],
+                conflicts[index, anchor],
+                conflicts[index, others].mean() if others else conflicts.new_zeros(()),
+            ]
+            row = torch.stack([column.to(torch.float64) for column in columns])
+            self._gradients.setdefault(name, []).append(row)
+
+    def flush(self) -> dict[str, float]:
+        """The means since the last call, and the warning about small signals.
+
+        Returns:
+            `ce` and, for each signal that had samples, `NAME/loss`; where gradients were compared
+            also `NAME/weight` (of the loss, relative to cross-entropy's), `NAME/share_raw` and
+            `NAME/share` (gradient norm over cross-entropy's, without and with weights),
+            `NAME/cosine_ce`, and `NAME/conflict_ce`, `NAME/conflict_others` (how often the raw
+            gradient opposed cross-entropy's, and the other signals' on average).
+        """
+        logs: dict[str, float] = {}
+        for name, losses in self._losses.items():
+            key = ANCHOR if name == ANCHOR else f"{name}/loss"
+            logs[key] = float(torch.stack(losses).mean())
+        for name, rows in self._gradients.items():
+            table = torch.stack(rows)
+            means = table.mean(0).tolist()
+            logs.update({f"{name}/{key}": mean for key, mean in zip(_COLUMNS, means, strict=True)})
+            self._watch(name, float(table[:, _COLUMNS.index("share")].max()), len(rows))
+        self._losses, self._gradients = {}, {}
+        return logs
+
+    def _watch(self, name: str, largest: float, count: int) -> None:
+        """Warn once about a signal that stays too small."""
+        self._below[name] = self._below.get(name, 0) + count if largest < self._threshold else 0
+        if self._below[name] >= _PATIENCE and name not in self._warned:
+            self._warned.add(name)
+            _LOG.warning(
+                "signal %r has had at most %.2g of cross-entropy's gradient norm for %d "
+                "micro-batches (threshold %.2g): it does next to nothing; raise its weight, or use "
+                "weighting 'balance' with a share of 0.02 to 0.25",
+                name,
+                largest,
+                self._below[name],
+                self._threshold,
+            )

@@ -1,0 +1,336 @@
+"""Recipes: a whole distillation in one YAML file, checked key by key."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+
+from drivekd.errors import RecipeError
+from drivekd.train.config import DistillConfig, nearest
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the records are.
+
+    Args:
+        train: File of training records.
+        eval: File of records whose cross-entropy is measured during training; None for none.
+        root: Folder that image paths start from; None is the training file's folder.
+    """
+
+    train: str
+    eval: str | None = None
+    root: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """How records become model inputs.
+
+    Args:
+        kind: "single_tile" squashes every image to one tile, "processor" uses the checkpoint's own
+            processor, "auto" takes single_tile for InternVL and its kin (the config has
+            `image_seq_length` and `downsample_ratio`) and the processor for all others.
+        padding_side: Where batches are padded.
+        image_size: (height, width) of the tile; None is the vision tower's. Like all that follows
+            for single_tile only.
+        image_mean: Mean per channel; None is read from the checkpoint's preprocessor_config.json.
+        image_std: Standard deviation per channel, likewise.
+        start_image_token: Token before an image's tokens; None is the tokenizer's, if it has one.
+        end_image_token: Token after them, likewise.
+    """
+
+    kind: Literal["auto", "single_tile", "processor"] = "auto"
+    padding_side: Literal["left", "right"] = "right"
+    image_size: tuple[int, int] | None = None
+    image_mean: tuple[float, float, float] | None = None
+    image_std: tuple[float, float, float] | None = None
+    start_image_token: str | None = None
+    end_image_token: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole distillation. Paths are relative to the working directory.
+
+    Args:
+        student: Checkpoint folder or hub name of the student.
+        data: Records.
+        training: Arguments of `transformers.TrainingArguments`, `output_dir` among them.
+        teachers: Checkpoints by name.
+        encoder: How records become model inputs.
+        distill: Signals and how they are mixed, weighted and joined; none is plain training.
+        dtype: dtype of the student's weights.
+        teacher_dtype: dtype of the teachers' weights; "auto" is as saved.
+        attn_implementation: Attention implementation of the student; None is transformers' choice.
+    """
+
+    student: str
+    data: DataConfig
+    training: Mapping[str, Any]
+    teachers: Mapping[str, str] = field(default_factory=dict)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    dtype: DtypeName = "float32"
+    teacher_dtype: DtypeName = "auto"
+    attn_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        if "output_dir" not in self.training:
+            raise ValueError("training needs output_dir, where checkpoints and the log go")
+        for signal in self.distill.signals:
+            if signal.teacher not in self.teachers:
+                hint = nearest(signal.teacher, self.teachers)
+                raise ValueError(
+                    f"signal {signal.name!r} names the teacher {signal.teacher!r}, which teachers "
+                    f"does not have; {hint}"
+                )
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: A YAML file with the fields of `Recipe`.
+        overrides: Changes such as "training.learning_rate=1e-4"; the value is YAML. List entries
+            are named by index, or by their `name`: "distill.signals.perception.share=0.05".
+
+    Returns:
+        The recipe.
+
+    Raises:
+        RecipeError: The file cannot be read, a key does not exist (the message names the nearest
+            that does), is missing or given twice, a value has the wrong type or is not legal, or
+            an override names nothing.
+
+    Example:
+        >>> recipe = load_recipe("recipes/multi.yaml",
+        ...     ["training.max_steps=100"])  # doctest: +SKIP
+    """
+    file = Path(path)
+    try:
+        tree = _parse(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{file} cannot be read as YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{file} holds {_kind(tree)}, wanted a mapping with the keys of a recipe")
+    try:
+        for override in overrides:
+            _override(tree, override)
+        recipe = _build(Recipe, tree, "")
+        _check_training(recipe.training)
+    except RecipeError as error:
+        raise RecipeError(f"{file}: {error}") from error
+    return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that knows 1e-4 as a number and refuses a key given twice."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    pairs = [(loader.construct_object(k, deep=True), k) for k, _ in node.value]
+    seen: set[Any] = set()
+    for key, key_node in pairs:
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} is given twice", key_node.start_mark
+            )
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    """Apply "a.b=c" to the parsed file."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"override {override!r} is not of the form KEY.KEY=VALUE")
+    try:
+        value = _parse(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
+    node: Any = tree
+    for depth, key in enumerate(keys):
+        is_last = depth == len(keys) - 1
+        if isinstance(node, dict):
+            if is_last:
+                node[key] = value
+            else:
+                node = node.setdefault(key, {})
+        elif isinstance(node, list):
+            index = _list_index(node, key, override)
+            if is_last:
+                node[index] = value
+            else:
+                node = node[index]
+        else:
+            raise RecipeError(
+                f"override {override!r}: {'.'.join(keys[:depth])} is {_kind(node)} and has no "
+                f"{key!r}"
+            )
+
+
+def _list_index(entries: list[Any], key: str, override: str) -> int:
+    """Index of a list entry given by number or by its `name`."""
+    if key.isdigit() and int(key) < len(entries):
+        return int(key)
+    names = [entry.get("name") if isinstance(entry, dict) else None for entry in entries]
+    if key in names:
+        return names.index(key)
+    hint = nearest(key, [name for name in names if isinstance(name, str)])
+    raise RecipeError(
+        f"override {override!r}: there is no entry {key!r} among {len(entries)}; {hint}"
+    )
+
+
+def _build(cls: type[_T], tree: Any, where: str) -> _T:
+    """Make a dataclass from a mapping, every key and type checked."""
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{where or 'recipe'} is {_kind(tree)}, wanted a mapping")
+    fields = {each.name: each for each in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    prefix = f"{where}." if where else ""
+    for key in tree:
+        if key not in fields:
+            raise RecipeError(f"unknown key {prefix}{key}; {nearest(str(key), fields)}")
+    for name, each in fields.items():
+        required = (
+            each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+        )
+        if required and name not in tree:
+            raise RecipeError(f"{prefix}{name} is missing")
+    values = {key: _convert(value, hints[key], f"{prefix}{key}") for key, value in tree.items()}
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{where or 'recipe'}: {error}") from error
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Check a YAML value against a type hint and convert lists and mappings."""
+    if hint is Any:
+        return value
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _convert_union(value, arguments, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise RecipeError(
+                f"{where} is {value!r}, wanted one of {list(arguments)}; "
+                f"{nearest(str(value), map(str, arguments))}"
+            )
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value, where)
+    if origin is tuple:
+        return _convert_tuple(value, arguments, where)
+    if origin in (Mapping, dict):
+        if not isinstance(value, dict):
+            raise RecipeError(f"{where} is {_kind(value)}, wanted a mapping")
+        return {
+            str(key): _convert(entry, arguments[1], f"{where}.{key}")
+            for key, entry in value.items()
+        }
+    if origin in (list, Sequence):
+        if not isinstance(value, list):
+            raise RecipeError(f"{where} is {_kind(value)}, wanted a list")
+        return [_convert(entry, arguments[0], f"{where}.{i}") for i, entry in enumerate(value)]
+    return _convert_scalar(value, hint, where)
+
+
+def _convert_union(value: Any, arguments: tuple[Any, ...], where: str) -> Any:
+    errors = []
+    for argument in arguments:
+        try:
+            return _convert(value, argument, where)
+        except RecipeError as error:
+            errors.append(str(error))
+    if len(arguments) == 2 and type(None) in arguments:
+        raise RecipeError(errors[arguments.index(type(None)) - 1])
+    raise RecipeError(f"{where} is {_kind(value)}, wanted {_union_name(arguments)}")
+
+
+def _convert_tuple(value: Any, arguments: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise RecipeError(f"{where} is {_kind(value)}, wanted a list")
+    if arguments[-1] is Ellipsis:
+        arguments = arguments[:1] * len(value)
+    if len(value) != len(arguments):
+        raise RecipeError(f"{where} has {len(value)} entries, wanted {len(arguments)}")
+    return tuple(
+        _convert(entry, argument, f"{where}.{_label(entry, i)}")
+        for i, (entry, argument) in enumerate(zip(value, arguments, strict=True))
+    )
+
+
+def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
+    """Numbers, strings, booleans and null; any other class is left to whoever takes the value."""
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float, str, bool) or hint is type(None):
+        exact = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
+        if not exact:
+            raise RecipeError(f"{where} is {_kind(value)}, wanted {_name(hint)}")
+        return value
+    if isinstance(hint, type) and not isinstance(value, str):
+        raise RecipeError(f"{where} is {_kind(value)}, wanted {_name(hint)}")
+    return value
+
+
+def _check_training(training: Mapping[str, Any]) -> None:
+    """Check keys and types against the fields of transformers.TrainingArguments."""
+    from transformers import TrainingArguments
+
+    fields = {each.name for each in dataclasses.fields(TrainingArguments) if each.init}
+    hints = typing.get_type_hints(TrainingArguments)
+    for key, value in training.items():
+        if key not in fields:
+            raise RecipeError(f"unknown key training.{key}; {nearest(key, fields)}")
+        _convert(value, hints[key], f"training.{key}")
+
+
+def _label(entry: Any, index: int) -> str:
+    """How an error names a list entry: by its name where it has one."""
+    name = entry.get("name") if isinstance(entry, dict) else None
+    return name if isinstance(name, str) else str(index)
+
+
+def _kind(value: Any) -> str:
+    """What a value is, for error messages."""
+    names = {dict: "a mapping", list: "a list", type(None): "null"}
+    if type(value) in names:
+        return names[type(value)]
+    return f"the {'string' if isinstance(value, str) else type(value).__name__} {value!r}"
+
+
+def _name(hint: Any) -> str:
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    return names.get(hint, "null" if hint is type(None) else getattr(hint, "__name__", str(hint)))
+
+
+def _union_name(arguments: tuple[Any, ...]) -> str:
+    return " or ".join(_name(argument) for argument in arguments)

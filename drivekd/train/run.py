@@ -1,0 +1,152 @@
+"""From a recipe to a trained student on disk."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import transformers
+from transformers.trainer_utils import get_last_checkpoint
+
+from drivekd.data import Collator, Record, check_records, load_records
+from drivekd.errors import DataError, TokenMismatchError
+from drivekd.train.callbacks import JsonlLogger
+from drivekd.train.encoders import build_encoder
+from drivekd.train.models import load_model
+from drivekd.train.recipe import Recipe
+from drivekd.train.trainer import DistillTrainer
+
+_LOG = logging.getLogger(__name__)
+_PROBLEMS_SHOWN = 10
+# Kinds of problem that make a record impossible to encode.
+_FATAL = frozenset(
+    {"image_missing", "image_unreadable", "image_count", "no_assistant", "empty_answer"}
+)
+
+
+def distill(recipe: Recipe) -> Path:
+    """Run a recipe: load, check, train, save.
+
+    Rows of the log go to `<output_dir>/log.jsonl`, checkpoints to `<output_dir>/checkpoint-*`, the
+    student to `<output_dir>/student`, from where plain `from_pretrained` loads model and
+    tokenizer. Teachers are never saved. `training.resume_from_checkpoint` is a checkpoint, "last"
+    (the newest, which must exist) or "auto" (the newest, if there is one).
+
+    Args:
+        recipe: What `load_recipe` gave.
+
+    Returns:
+        The student's folder.
+
+    Raises:
+        DataError: A record is not usable; merely doubtful ones (`drivekd data check` lists
+            them) are warnings.
+        TokenMismatchError: A teacher's tokenizer is not the student's.
+        RecipeError: A setting does not fit the student's checkpoint.
+        ValueError: A checkpoint, layer or question type does not fit.
+        OSError: A checkpoint or file does not exist.
+    """
+    root = Path(recipe.data.train).parent if recipe.data.root is None else Path(recipe.data.root)
+    splits = _load_splits(recipe, root)
+    records = splits[recipe.data.train]
+    encoder, processing = build_encoder(recipe.encoder, recipe.student, root)
+    tokenizer = getattr(processing, "tokenizer", processing)
+    used = {signal.teacher for signal in recipe.distill.signals}
+    teachers = {name: path for name, path in recipe.teachers.items() if name in used}
+    for name, path in teachers.items():
+        check_tokenizer(name, path, tokenizer)
+    settings = {"report_to": "none", **recipe.training, "remove_unused_columns": False}
+    resume = settings.pop("resume_from_checkpoint", None)
+    args = transformers.TrainingArguments(**settings)
+    # Before the student is made, so that nothing random depends on what was loaded before it.
+    transformers.set_seed(args.seed)
+    student = load_model(
+        recipe.student, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation
+    )
+    trainer = DistillTrainer(
+        student,
+        teachers,
+        recipe.distill,
+        question_types={record.question_type for record in records},
+        teacher_dtype=recipe.teacher_dtype,
+        args=args,
+        data_collator=Collator(
+            encoder,
+            student.config,
+            pad_token_id=tokenizer.pad_token_id,
+            padding_side=recipe.encoder.padding_side,
+        ),
+        train_dataset=records,
+        eval_dataset=None if recipe.data.eval is None else splits[recipe.data.eval],
+        processing_class=processing,
+        callbacks=[JsonlLogger()],
+    )
+    trainer.train(resume_from_checkpoint=_checkpoint(resume, Path(args.output_dir)))
+    folder = Path(args.output_dir) / "student"
+    trainer.save_model(str(folder))
+    _copy_image_settings(Path(recipe.student), folder)
+    return folder
+
+
+def check_tokenizer(name: str, path: str | Path, tokenizer: Any) -> None:
+    """Raise unless a teacher's tokenizer gives the student's ids.
+
+    Args:
+        name: The teacher's name, for the message.
+        path: Its checkpoint; without a tokenizer of its own it is taken to use the student's.
+        tokenizer: The student's tokenizer.
+
+    Raises:
+        TokenMismatchError: A token has different ids, or the teacher lacks it.
+    """
+    local = Path(path)
+    if local.is_dir() and not any(local.glob("tokenizer*")) and not (local / "vocab.json").exists():
+        return
+    theirs = transformers.AutoTokenizer.from_pretrained(path).get_vocab()
+    for token, index in tokenizer.get_vocab().items():
+        if theirs.get(token) != index:
+            raise TokenMismatchError(
+                f"teacher {name!r} ({path}) gives the token {token!r} the id {theirs.get(token)}, "
+                f"the student {index}; both must see the same tokens, take models of one family"
+            )
+
+
+def _load_splits(recipe: Recipe, root: Path) -> dict[str, list[Record]]:
+    """Training and evaluation records, checked; faults that training survives are warnings."""
+    files = [file for file in (recipe.data.train, recipe.data.eval) if file is not None]
+    splits = {file: load_records(file) for file in files}
+    for file, records in splits.items():
+        if not records:
+            raise DataError(f"{file} holds no records")
+    problems = check_records(splits, root)
+    for which, is_fatal in (("unusable", True), ("doubtful", False)):
+        found = [problem for problem in problems if (problem.kind in _FATAL) == is_fatal]
+        if not found:
+            continue
+        shown = "\n".join(f"  {problem}" for problem in found[:_PROBLEMS_SHOWN])
+        text = f"{len(found)} {which} records, of which the first are:\n{shown}"
+        if is_fatal:
+            raise DataError(text)
+        _LOG.warning("%s", text)
+    return splits
+
+
+def _checkpoint(resume: str | None, output_dir: Path) -> str | Literal[False]:
+    """The checkpoint to resume from."""
+    if resume is None:
+        return False
+    if resume not in ("last", "auto"):
+        return resume
+    last: str | None = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if last is None and resume == "last":
+        raise ValueError(f"resume_from_checkpoint is 'last' but {output_dir} has no checkpoint")
+    return last or False
+
+
+def _copy_image_settings(student: Path, folder: Path) -> None:
+    """Keep the image settings beside the student, so that it can be a student again."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (student / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(student / name, folder / name)

@@ -1,0 +1,178 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from drivekd.errors import RecipeError
+from drivekd.train import load_recipe
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+
+# Not about driving: two capabilities of an assistant that reads charts and recipes.
+CHARTS = {
+    "student": "small",
+    "teachers": {"axis-reader": "large", "cook": "larger"},
+    "data": {"train": "charts.json", "root": "pictures"},
+    "distill": {
+        "signals": [
+            {
+                "name": "read_axis",
+                "teacher": "axis-reader",
+                "student_layers": [0, 2],
+                "teacher_layers": "0..-2",
+                "region": "text_to_vision",
+                "loss": "cosine",
+                "share": 0.2,
+            },
+            {"name": "taste", "teacher": "cook", "kind": "logits", "temperature": 3},
+        ],
+        "mixing": {"axis": {"read_axis": 1, "taste": 0.5}, "soup": {"taste": 1.0}},
+        "weighting": "balance",
+        "projection": {"method": "pcgrad", "seed": 3},
+    },
+    "training": {"output_dir": "out", "learning_rate": 0.001, "max_steps": 3},
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(tree, **changes):
+        file = tmp_path / "recipe.yaml"
+        text = tree if isinstance(tree, str) else yaml.safe_dump(tree | changes)
+        file.write_text(text)
+        return file
+
+    return write
+
+
+def test_reads_a_recipe_about_anything(write):
+    recipe = load_recipe(write(CHARTS))
+    read_axis, taste = recipe.distill.signals
+    assert recipe.teachers == {"axis-reader": "large", "cook": "larger"}
+    assert read_axis.student_layers == (0, 2) and read_axis.teacher_layers == "0..-2"
+    assert (read_axis.loss, read_axis.share) == ("cosine", 0.2)
+    assert (taste.kind, taste.temperature) == ("logits", 3.0)
+    assert recipe.distill.mixing == {"axis": {"read_axis": 1, "taste": 0.5}, "soup": {"taste": 1}}
+    assert recipe.distill.projection.method == "pcgrad"
+    assert recipe.training["learning_rate"] == 0.001
+    assert recipe.data.root == "pictures" and recipe.data.eval is None
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_shipped_recipe_is_valid(file):
+    recipe = load_recipe(file)
+    assert recipe.distill.signals
+    types = set(recipe.distill.mixing)
+    assert recipe.distill.resolve_mixing(types)
+    assert recipe.training["output_dir"].endswith(file.stem)
+
+
+def test_multi_recipe_holds_the_public_layers():
+    file = next(file for file in RECIPES if file.stem == "multi")
+    signals = {signal.name: signal for signal in load_recipe(file).distill.signals}
+    layers = {name: (s.student_layers, s.teacher_layers, s.region) for name, s in signals.items()}
+    assert layers == {
+        "perception": ("first", "first", "text_to_vision"),
+        "reasoning": ("0..-2", "0..-2", "full"),
+        "planning": ("penultimate", "penultimate", "text_to_vision"),
+    }
+
+
+def test_overrides_reach_every_depth(write):
+    recipe = load_recipe(
+        write(CHARTS),
+        [
+            "student=other",
+            "training.learning_rate=2e-5",
+            "training.bf16=true",
+            "distill.signals.0.share=0.05",
+            "distill.signals.taste.temperature=1",
+            "distill.mixing.soup={taste: 0.25}",
+            "encoder.image_size=[32, 64]",
+        ],
+    )
+    assert recipe.student == "other"
+    assert recipe.training["learning_rate"] == 2e-5 and recipe.training["bf16"] is True
+    assert [s.share for s in recipe.distill.signals] == [0.05, 0.1]
+    assert recipe.distill.signals[1].temperature == 1.0
+    assert recipe.distill.mixing["soup"] == {"taste": 0.25}
+    assert recipe.encoder.image_size == (32, 64)
+
+
+def test_signals_can_be_overridden_away(write):
+    assert load_recipe(write(CHARTS), ["distill={}"]).distill.signals == ()
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001"])
+def test_exponents_are_numbers(write, text):
+    recipe = load_recipe(write(CHARTS), [f"training.learning_rate={text}"])
+    assert recipe.training["learning_rate"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("studnt=x", "unknown key studnt; did you mean 'student'"),
+        ("data.trian=x", "unknown key data.trian; did you mean 'train'"),
+        ("distill.weigthing=static", "unknown key distill.weigthing; did you mean 'weighting'"),
+        (
+            "distill.signals.0.regoin=full",
+            "distill.signals.read_axis.regoin; did you mean 'region'",
+        ),
+        ("training.lerning_rate=1", "unknown key training.lerning_rate; did you mean 'learning_r"),
+        (
+            "training.learning_rate=fast",
+            "training.learning_rate is the string 'fast', wanted a num",
+        ),
+        ("training.max_steps=1.5", "training.max_steps is the float 1.5, wanted an integer"),
+        ("training.bf16=1", "training.bf16 is the int 1, wanted true or false"),
+        ("training={max_steps: 1}", "training needs output_dir"),
+        ("student=3", "student is the int 3, wanted a string"),
+        ("data.root=[1]", "data.root is a list"),
+        ("teachers=large", "teachers is the string 'large', wanted a mapping"),
+        ("teachers.cook=null", "teachers.cook is null, wanted a string"),
+        ("dtype=float3", "dtype is 'float3', wanted one of .*did you mean 'float32'"),
+        ("distill.projection.method=apg", "did you mean 'agp'"),
+        ("distill.signals.taste.teacher=cooc", "teacher 'cooc'.*did you mean 'cook'"),
+        ("distill.signals.taste.name=ce", "name is 'ce'"),
+        ("distill.signals.taste.name=read_axis", "every name may occur once"),
+        ("distill.signals.taste.region=full", "compares logits"),
+        ("distill.signals.0.region=null", "needs student_layers, teacher_layers and region"),
+        ("distill.signals.0.share=-1", "share is -1.0"),
+        ("distill.signals.tast.share=1", "no entry 'tast' among 2; did you mean 'taste'"),
+        ("distill.mixing.soup={tasty: 1}", "signal 'tasty', which does not exist; did you mean"),
+        ("encoder.image_size=[1, 2, 3]", "encoder.image_size has 3 entries, wanted 2"),
+        ("student.path=x", "student is the string 'small' and has no 'path'"),
+        ("student", "is not of the form KEY.KEY=VALUE"),
+        ("training.bf16=[", "the value is not YAML"),
+    ],
+)
+def test_mistake_is_named_with_file_and_key(write, override, message):
+    file = write(CHARTS)
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(file, [override])
+    assert str(file) in str(caught.value)
+
+
+def test_missing_key_is_named(write):
+    with pytest.raises(RecipeError, match="data is missing"):
+        load_recipe(write({key: value for key, value in CHARTS.items() if key != "data"}))
+
+
+def test_key_given_twice_is_refused(write):
+    with pytest.raises(RecipeError, match="'student' is given twice"):
+        load_recipe(write("student: a\nstudent: b\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a\n", "holds a list"), ("a: [", "cannot be read as YAML"), ("", "holds null")],
+)
+def test_file_that_is_no_recipe_is_refused(write, text, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(text))
+
+
+def test_missing_file_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"absent.yaml cannot be read"):
+        load_recipe(tmp_path / "absent.yaml")
