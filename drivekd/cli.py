@@ -148,7 +148,11 @@ def _add_demo(commands: Any) -> None:
     )
     command.add_argument("--full", action="store_true", help="every arm and control, three seeds")
     command.add_argument(
-        "--seeds", type=int, nargs="+", metavar="SEED", help="student seeds; one proves nothing"
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="SEED",
+        help="student seeds; default 0, with --full 0 1 2",
     )
     command.add_argument(
         "--workers",

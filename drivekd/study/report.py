@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import html
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from drivekd.study import tables
 from drivekd.study.plots import Plot, make_plots
 from drivekd.study.schema import Study
+from drivekd.study.tables import format_table as format_table
 
 DOCUMENT = "report.json"
 
@@ -40,7 +43,7 @@ dt { font-weight: 600; } dd { margin: 0 0 .5rem; }
 """
 
 
-def write_report(directory: Path, study: Study) -> Path:
+def write_report(directory: Path, study: Study, *, figures: Sequence[Plot] = ()) -> Path:
     """Write a study's report.
 
     The directory, made where it is missing, gets `report.json` (the whole study), `report.html`
@@ -50,16 +53,25 @@ def write_report(directory: Path, study: Study) -> Path:
     Args:
         directory: where the report goes.
         study: what was run, and what came out.
+        figures: further pictures, such as attention overlays, shown behind the study's own plots.
 
     Returns:
         The path of `report.html`.
 
     Raises:
+        ValueError: two pictures of one name, or a name that is no plain file name.
         OSError: the directory cannot be made or written.
     """
+    plots = [*make_plots(study), *figures]
+    names = [plot.name for plot in plots]
+    for name in names:
+        if not re.fullmatch(r"[\w.+-]+", name) or names.count(name) > 1:
+            raise ValueError(
+                f"figures has the name {name!r}; names must be unique and hold only letters, "
+                "digits and _ . + -"
+            )
     directory.mkdir(parents=True, exist_ok=True)
     (directory / DOCUMENT).write_text(study.to_json(), encoding="utf-8")
-    plots = make_plots(study)
     for plot in plots:
         (directory / f"{plot.name}.png").write_bytes(plot.png)
     (directory / "report.md").write_text(_markdown(study, plots), encoding="utf-8")
@@ -69,7 +81,7 @@ def write_report(directory: Path, study: Study) -> Path:
 
 
 def load_study(path: Path) -> Study:
-    """Read the study in a `report.json`, or in a directory that holds one.
+    """Read the study in a `report.json`, or in a directory that holds one; not further figures.
 
     Raises:
         FileNotFoundError: no such file.
@@ -84,15 +96,6 @@ def load_study(path: Path) -> Study:
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{path}: {error}") from error
-
-
-def format_table(study: Study) -> str:
-    """The study's main tables and notes as plain ASCII-punctuated text, for a terminal."""
-    main = (tables.accuracy_table, tables.difference_table, tables.compute_table)
-    parts = [study.title, *(tables.to_text(table(study)) for table in main)]
-    if study.notes:
-        parts.append("Notes\n\n" + "\n".join(f"- {note}" for note in study.notes))
-    return "\n\n".join(parts)
 
 
 def _all_tables(study: Study) -> list[tables.Table]:
@@ -141,7 +144,7 @@ def _html(study: Study, plots: list[Plot]) -> str:
         + f'<section><h2>Plots</h2>\n<div class="plots">\n{_figures(plots)}</div></section>\n'
         + "".join(rest)
         + f"<section><h2>Arms</h2>\n<dl>{arms}</dl></section>\n"
-        + f'<p class="note">Every number and plot here comes from {DOCUMENT} beside it.</p>\n'
+        + f'<p class="note">Every number and curve here comes from {DOCUMENT} beside it.</p>\n'
         + "</main>\n</body>\n</html>\n"
     )
 

@@ -117,6 +117,12 @@ class Run:
     loss_curve: tuple[LossPoint, ...] = ()
     projection_log: tuple[ProjectionPoint, ...] = ()
 
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Run:
+        """A run from parsed JSON, as `dataclasses.asdict` gave it; errors as `Study.from_json`."""
+        run: Run = _decode(cls, dict(document), "run")
+        return run
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -126,6 +132,12 @@ class Teacher:
     parameters: int
     accuracy: Tallies
     blank: Tallies = field(default_factory=dict)
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Teacher:
+        """A teacher from parsed JSON, likewise."""
+        teacher: Teacher = _decode(cls, dict(document), "teacher")
+        return teacher
 
 
 @dataclass(frozen=True)

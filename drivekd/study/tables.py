@@ -164,6 +164,15 @@ def settings_table(study: Study) -> Table:
     return Table("Settings", ("", "value"), rows)
 
 
+def format_table(study: Study) -> str:
+    """The study's main tables and notes as text of plain ASCII punctuation, for a terminal."""
+    main = (accuracy_table(study), difference_table(study), compute_table(study))
+    parts = [study.title, *(to_text(table) for table in main)]
+    if study.notes:
+        parts.append("Notes\n\n" + "\n".join(f"- {note}" for note in study.notes))
+    return "\n\n".join(parts)
+
+
 def to_text(table: Table) -> str:
     """Aligned columns of plain ASCII punctuation, for a terminal or a log."""
     lines = [table.columns, *((row.label, *row.cells) for row in table.rows)]

@@ -4,12 +4,13 @@ import base64
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import pytest
 
 from drivekd.study import tables
+from drivekd.study.plots import Plot
 from drivekd.study.report import format_table, load_study, write_report
 from drivekd.study.schema import Arm, Baseline, Comparison, LossPoint, Run, Study, Teacher
 from drivekd.study.statistics import Tally
@@ -74,6 +75,15 @@ class Page(HTMLParser):
 def test_the_document_survives_a_round_trip():
     study = make_study(seeds=(0, 1))
     assert Study.from_json(study.to_json()) == study
+
+
+def test_a_run_and_a_teacher_survive_alone():
+    study = make_study(arms=("ce",), seeds=(0,))
+    run, teacher = study.runs[0], study.teachers[0]
+    assert Run.from_document(json.loads(json.dumps(asdict(run)))) == run
+    assert Teacher.from_document(json.loads(json.dumps(asdict(teacher)))) == teacher
+    with pytest.raises(ValueError, match=r"run\.seed is missing"):
+        Run.from_document({"arm": "ce"})
 
 
 def test_numbers_that_are_not_finite_travel_as_null():
@@ -354,6 +364,25 @@ def test_text_from_the_study_is_escaped_in_the_page(tmp_path):
     assert not parsed.named("script")
     assert not parsed.named("b")
     assert all(image["src"].startswith("data:") for image in parsed.named("img"))
+
+
+def test_further_figures_are_written_and_inlined(tmp_path):
+    study = make_study(arms=("ce",), seeds=(0,), curves=False)
+    figure = Plot("overlays", "Where they look", "Caption.", "Teacher looks left.", PNG + b"1")
+    page = write_report(tmp_path, study, figures=[figure])
+    assert (tmp_path / "overlays.png").read_bytes() == figure.png
+    last = Page(page.read_text()).named("img")[-1]
+    assert last["alt"] == "Teacher looks left."
+    assert base64.b64decode(last["src"].split(",", 1)[1]) == figure.png
+    assert "![Teacher looks left.](overlays.png)" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["accuracy", "../up", ""])
+def test_figures_with_a_taken_or_unsafe_name_are_refused_before_anything_is_written(name, tmp_path):
+    study = make_study(arms=("ce",), seeds=(0,), curves=False)
+    with pytest.raises(ValueError, match="figures has the name"):
+        write_report(tmp_path / "new", study, figures=[Plot(name, "t", "c", "a", PNG)])
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_study_without_curves_has_only_the_bars(tmp_path):
