@@ -170,7 +170,7 @@ def _asymmetric(
         values, patterns = total.unsqueeze(0), (tuple(range(gram.num_tasks)),)
     share = 1.0 / len(order) if ce_multiplicity == "once" and order else 1.0
     constants = _asymmetric_constants(gram.num_tasks, anchor, patterns, share)
-    merged, anchor_part, support = _on_device(constants, values.device).unbind(0)
+    merged, anchor_part, support = on_device(constants, values.device).unbind(0)
     if not order:
         return anchor_part[anchor]
 
@@ -239,7 +239,8 @@ def _project_pairwise(
     return projected.view_as(vectors)
 
 
-def _on_device(constants: Tensor, device: torch.device) -> Tensor:
+def on_device(constants: Tensor, device: torch.device) -> Tensor:
+    """A small host tensor on `device`, without a host sync."""
     if device.type == "cuda":
         return constants.pin_memory().to(device, non_blocking=True)
     return constants.to(device)

@@ -1,0 +1,160 @@
+"""What the projector refuses, before anything is differentiated."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+# Attributes that engines leave on the parameters they take over.
+_ENGINES = {
+    "ds_id": "DeepSpeed ZeRO-3",
+    "_hp_mapping": "DeepSpeed ZeRO",
+    "param_idx_in_group": "DeepSpeed ZeRO",
+    "_fsdp_flattened": "FSDP1",
+    "_is_flat_param": "FSDP1",
+}
+# The mark of DDP with find_unused_parameters or static_graph is close to the model's outputs.
+_SEARCHED_NODES = 64
+
+
+class Scaler(Protocol):
+    """The part of `torch.amp.GradScaler` that the projector uses."""
+
+    def scale(self, outputs: Any) -> Any:
+        """`outputs` times the current scale."""
+        ...
+
+
+def check_parameters(parameters: object) -> list[Tensor]:
+    """The parameters, each once."""
+    if isinstance(parameters, nn.Module):
+        raise TypeError("parameters must be tensors, got a Module; pass module.parameters()")
+    if isinstance(parameters, Tensor | Mapping | str) or not isinstance(parameters, Iterable):
+        raise TypeError(
+            f"parameters must be an iterable of tensors, got {type(parameters).__name__}"
+        )
+    unique: dict[int, Tensor] = {}
+    for position, parameter in enumerate(parameters):
+        name = f"parameters[{position}]"
+        if not isinstance(parameter, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor, got {type(parameter).__name__}; pass parameters, not "
+                "parameter groups or named parameters"
+            )
+        if not parameter.is_leaf:
+            raise ValueError(f"{name} is no leaf: it has no .grad to add to")
+        if parameter.requires_grad or parameter.is_floating_point():
+            check_engine(name, parameter)
+            unique[id(parameter)] = parameter
+    if not unique:
+        raise ValueError("parameters is empty; give at least one parameter to differentiate for")
+    return list(unique.values())
+
+
+def check_engine(name: str, parameter: Tensor) -> None:
+    """Refuse parameters whose gradients are not in `.grad`, or only in part."""
+    if any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__):
+        raise NotImplementedError(
+            f"{name} is a DTensor (FSDP2, tensor or context parallel); inner products of shards "
+            "are partial sums. Use gradient_gram on local shards and all-reduce its values"
+        )
+    for attribute, engine in _ENGINES.items():
+        if getattr(parameter, attribute, None) not in (None, False):
+            raise NotImplementedError(
+                f"{name} belongs to {engine}, which keeps gradients of its own; train without it"
+            )
+
+
+def check_losses(losses: object) -> dict[str, Tensor]:
+    """The losses by name: scalars with a graph."""
+    if not isinstance(losses, Mapping):
+        raise TypeError(f"losses must map names to tensors, got {type(losses).__name__}")
+    if not losses:
+        raise ValueError("losses is empty; give at least one loss")
+    for name, loss in losses.items():
+        if not isinstance(name, str):
+            raise TypeError(f"losses has the key {name!r}; names are strings")
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"losses[{name!r}] must be a tensor, got {type(loss).__name__}")
+        if loss.numel() != 1:
+            raise ValueError(
+                f"losses[{name!r}] has shape {tuple(loss.shape)}; wanted a scalar, reduce it first"
+            )
+        if not loss.requires_grad:
+            raise ValueError(
+                f"losses[{name!r}] does not require grad; leave out a loss that is absent from "
+                "this step, or check that it was not computed under no_grad or detached"
+            )
+        if _expects_ddp_sync(loss):
+            raise NotImplementedError(
+                f"losses[{name!r}] comes from DistributedDataParallel, whose reduction does not "
+                "see these gradients; run forward and this call under no_sync() and reduce .grad "
+                "yourself, or reduce the task gradients before gradient_gram"
+            )
+    return dict(losses)
+
+
+def _expects_ddp_sync(loss: Tensor) -> bool:
+    queue = [loss.grad_fn]
+    seen: set[object] = set()
+    while queue and len(seen) < _SEARCHED_NODES:
+        node = queue.pop(0)
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "DDPSink" in node.name():
+            wrapper = getattr(node, "ddp_weakref", lambda: None)()
+            return bool(getattr(wrapper, "require_backward_grad_sync", True))
+        queue.extend(parent for parent, _ in node.next_functions)
+    return False
+
+
+def check_weights(weights: object, names: Iterable[str]) -> None:
+    """Refuse a mapping that lacks a loss or holds what is no weight."""
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            "weights must be a mapping of names to numbers, a Reweighting or None, got "
+            f"{type(weights).__name__}"
+        )
+    for name in names:
+        if name not in weights:
+            raise ValueError(f"weights has no entry for the loss {name!r}; it has {list(weights)}")
+        weight = weights[name]
+        label = f"weights[{name!r}]"
+        if isinstance(weight, Tensor):
+            if weight.numel() != 1 or not weight.is_floating_point():
+                raise ValueError(
+                    f"{label} has shape {tuple(weight.shape)} and dtype {weight.dtype}; wanted a "
+                    "floating scalar"
+                )
+        elif not isinstance(weight, int | float) or isinstance(weight, bool):
+            raise TypeError(f"{label} must be a number or a tensor, got {type(weight).__name__}")
+        elif not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"{label} is {weight}; wanted a finite number of at least 0")
+
+
+def check_positive(name: str, value: object) -> float:
+    """`value` as a finite float above 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} is {value}; wanted a finite number above 0")
+    return float(value)
+
+
+def check_scaler(scaler: object) -> None:
+    """Refuse what cannot scale."""
+    if scaler is not None and not callable(getattr(scaler, "scale", None)):
+        raise TypeError(
+            f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}"
+        )
+
+
+def scale_of(scaler: Scaler | None, device: torch.device) -> Tensor | None:
+    """The scaler's scale as a 0-d float64 device tensor, without a host sync."""
+    if scaler is None:
+        return None
+    scale: Tensor = scaler.scale(torch.ones((), device=device))
+    return scale.to(torch.float64)

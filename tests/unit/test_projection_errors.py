@@ -1,0 +1,168 @@
+"""What GradientProjector refuses: arguments by name, engines that own gradients, wrong order."""
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.distributed.tensor import distribute_tensor
+
+from drivekd.projection import GradientProjector
+from tests.helpers.students import NAMES, WEIGHTS, Recorded, grads_of, student
+
+BAD_PARAMETERS = {
+    "a module": (nn.Linear(1, 1), TypeError, "module.parameters"),
+    "a tensor": (torch.ones(1), TypeError, "iterable of tensors"),
+    "named parameters": (nn.Linear(1, 1).named_parameters(), TypeError, r"parameters\[0\]"),
+    "parameter groups": ([{"params": []}], TypeError, "parameter groups"),
+    "nothing": ([], ValueError, "empty"),
+    "a non-leaf": ([torch.ones(1, requires_grad=True) * 2], ValueError, "no leaf"),
+}
+
+
+@pytest.mark.parametrize("parameters, error, message", BAD_PARAMETERS.values(), ids=BAD_PARAMETERS)
+def test_refuses_parameters(parameters, error, message):
+    with pytest.raises(error, match=message):
+        GradientProjector(parameters)
+
+
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        ({"method": "mgda"}, ValueError, "method"),
+        ({"anchor": 0}, TypeError, "anchor"),
+        ({"missing": "skip"}, ValueError, "missing"),
+        ({"ce_multiplicity": "twice"}, ValueError, "ce_multiplicity"),
+        ({"seed": 1.5}, TypeError, "seed"),
+        ({"every": "epoch"}, ValueError, "every"),
+        ({"max_norm": 1.0}, ValueError, "clip_grad_norm_"),
+        ({"max_norm": 0.0, "every": "step"}, ValueError, "max_norm"),
+        ({"max_norm": "1", "every": "step"}, TypeError, "max_norm"),
+    ],
+)
+def test_refuses_settings(settings, error, message):
+    with pytest.raises(error, match=message):
+        GradientProjector(student().parameters(), **settings)
+
+
+def change(**changes):
+    return lambda losses: {**losses, **{n: f(losses["ce"]) for n, f in changes.items()}}
+
+
+BAD_CALLS = {
+    "a list of losses": (lambda x: list(x.values()), {}, TypeError, "losses must map"),
+    "no loss": (lambda x: {}, {}, ValueError, "losses is empty"),
+    "a number": (change(ce=lambda x: 1.0), {}, TypeError, r"losses\['ce'\]"),
+    "a vector": (change(ce=lambda x: x.expand(2)), {}, ValueError, "wanted a scalar"),
+    "a detached loss": (
+        change(perception=lambda x: x.detach()),
+        {},
+        ValueError,
+        r"losses\['perception'\] does not require grad",
+    ),
+    "no anchor": (lambda x: {"planning": x["planning"]}, {}, ValueError, "no anchor 'ce'"),
+    "an anchor of weight 0": (
+        lambda x: x,
+        {"weights": {**WEIGHTS, "ce": 0}},
+        ValueError,
+        "no anchor 'ce'",
+    ),
+    "all weights 0": (lambda x: x, {"weights": dict.fromkeys(NAMES, 0)}, ValueError, "weight 0"),
+    "a weight missing": (lambda x: x, {"weights": {"ce": 1.0}}, ValueError, "'perception'"),
+    "a negative weight": (
+        lambda x: x,
+        {"weights": {**WEIGHTS, "ce": -1.0}},
+        ValueError,
+        r"weights\['ce'\] is -1",
+    ),
+    "a NaN weight": (
+        lambda x: x,
+        {"weights": {**WEIGHTS, "ce": float("nan")}},
+        ValueError,
+        r"weights\['ce'\] is nan",
+    ),
+    "a vector weight": (
+        lambda x: x,
+        {"weights": {**WEIGHTS, "ce": torch.ones(2)}},
+        ValueError,
+        r"weights\['ce'\] has shape",
+    ),
+    "a weight that is a string": (
+        lambda x: x,
+        {"weights": {**WEIGHTS, "ce": "1"}},
+        TypeError,
+        r"weights\['ce'\]",
+    ),
+    "a list of weights": (lambda x: x, {"weights": [1.0] * 4}, TypeError, "weights must be"),
+    "scale 0": (lambda x: x, {"scale": 0.0}, ValueError, "scale is 0"),
+    "a scale that is a string": (lambda x: x, {"scale": "1"}, TypeError, "scale"),
+    "a scaler that is a number": (lambda x: x, {"scaler": 2.0}, TypeError, "scaler"),
+}
+
+
+@pytest.mark.parametrize("make, options, error, message", BAD_CALLS.values(), ids=BAD_CALLS)
+def test_refuses_calls_before_touching_grad(make, options, error, message):
+    model = student()
+    with pytest.raises(error, match=message):
+        GradientProjector(model.parameters()).backward(make(model.losses()), **options)
+    assert all(grad is None for grad in grads_of(model))
+
+
+def test_refuses_a_call_when_everything_is_frozen():
+    model = student()
+    losses = model.losses()
+    projector = GradientProjector(model.parameters())
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter requires grad"):
+        projector.backward(losses)
+
+
+def test_step_needs_its_mode_its_anchor_and_one_kind_of_weights():
+    model = student()
+    with pytest.raises(RuntimeError, match="every='step'"):
+        GradientProjector(model.parameters()).step()
+    projector = GradientProjector(model.parameters(), every="step")
+    projector.backward({"planning": model.losses()["planning"]})
+    with pytest.raises(ValueError, match="anchor 'ce' had no backward"):
+        projector.step()
+    projector.backward(model.losses(), weights=WEIGHTS)
+    with pytest.raises(ValueError, match="weights changed kind"):
+        projector.backward(model.losses())
+    with pytest.raises(ValueError, match="weights changed kind"):
+        projector.backward(model.losses(), weights=Recorded())
+    with pytest.raises(ValueError, match="scaler changed"):
+        projector.backward(model.losses(), scaler=torch.amp.GradScaler("cpu"), weights=WEIGHTS)
+
+
+@pytest.fixture
+def process_group():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_refuses_dtensors(process_group):
+    mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+    with pytest.raises(NotImplementedError, match="DTensor"):
+        GradientProjector([distribute_tensor(torch.ones(4, requires_grad=True), mesh)])
+
+
+def test_refuses_ddp_where_it_leaves_a_mark(process_group):
+    model = nn.Linear(3, 2)
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    projector = GradientProjector(model.parameters())
+    with pytest.raises(NotImplementedError, match="DistributedDataParallel"):
+        projector.backward({"ce": wrapped(torch.ones(1, 3)).sum()})
+    with wrapped.no_sync():
+        projector.backward({"ce": wrapped(torch.ones(1, 3)).sum()})
+    assert model.weight.grad is not None
+
+
+@pytest.mark.parametrize("mark, engine", [("ds_id", "ZeRO-3"), ("_fsdp_flattened", "FSDP1")])
+def test_refuses_engines_that_own_gradients(mark, engine):
+    model = student()
+    projector = GradientProjector(model.parameters())
+    losses = model.losses()
+    setattr(model.first.weight, mark, 7)
+    with pytest.raises(NotImplementedError, match=engine):
+        projector.backward(losses)
+    with pytest.raises(NotImplementedError, match=engine):
+        GradientProjector(model.parameters())
