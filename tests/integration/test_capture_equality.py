@@ -72,6 +72,7 @@ def test_sliding_window_layers_give_their_window(padding, implementation):
     assert_maps_equal(captured, reference.attentions, inputs["attention_mask"].bool())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns about torch's own code
 def test_flex_attention(monkeypatch):
     """With the eager compile backend: torch 2.13's CPU code for flex gives random output at times.

@@ -206,6 +206,7 @@ COMPILED_INPUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns about torch's own code
 @pytest.mark.parametrize("compiled", [compile_whole, compile_in_place, compile_layers])
 def test_compiled_models(compiled):
@@ -227,6 +228,7 @@ def test_compiled_models(compiled):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns about torch's own code
 def test_compiled_model_is_stopped():
     torch._dynamo.reset()
