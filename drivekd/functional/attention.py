@@ -12,7 +12,7 @@ from drivekd.autograd.attention_map import AttentionMapLossFunction, AttentionMa
 from drivekd.ops import attention_map as _ops
 from drivekd.ops.dispatch import BackendName, resolve
 from drivekd.tokens import TokenLayout
-from drivekd.validation import check_groups
+from drivekd.validation import check_groups as check_groups
 
 Region = Literal["full", "text_to_vision"]
 Loss = Literal["mse", "cosine", "kl"]

@@ -15,9 +15,10 @@ HIDDEN = -1e30
 
 # Bytes of one chunk's (B, H, rows, N) stack. On a CPU the passes over it should stay in the
 # cache; elsewhere a launch should have work.
-_STACK_BYTES = {"cpu": 2 * 2**20}
+_STACK_BYTES = {"cpu": 4 * 2**20}
 _STACK_BYTES_ELSEWHERE = 64 * 2**20
 _MIN_ROWS = 16
+WHOLE_MAP_COUNTS = 512  # tokens from which on no stack may hold as many cells as one map
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,20 @@ class Visibility:
     outside: Tensor | None  # (samples, rows, keys): 0 in the region and visible, else HIDDEN
     counted: Tensor | None  # (samples, rows) 0 or 1: rows with a visible region cell; None: all
 
+    def hide(self, scores: Tensor) -> Tensor:
+        """Add HIDDEN in place where (samples, ..., rows, keys) is invisible."""
+        if self.bias is not None:
+            bias = self.bias if scores.ndim == 4 else self.bias.squeeze(1)
+            scores[..., self.start :].add_(bias)
+        return scores
+
+    def raised(self, p: Tensor) -> Tensor:
+        """A copy of (samples, rows, keys) that is huge where invisible."""
+        p = p.clone()
+        if self.bias is not None:
+            p[..., self.start :].sub_(self.bias.squeeze(1))
+        return p
+
 
 class Plan:
     """The chunks of one call, and what it takes to say what their rows see.
@@ -79,9 +94,9 @@ class Plan:
         self._layout = layout
         self._num_heads = num_heads
         self._dtype = dtype
-        self._readable = layout.device.type == "cpu"
+        self.readable = layout.device.type == "cpu"
         self._valid = layout.valid
-        if self._readable and self._valid is not None and bool(self._valid.all()):
+        if self.readable and self._valid is not None and bool(self._valid.all()):
             self._valid = None
         self._ranks = layout.segment_ranks()
         self._rows = layout.region_rows if layout.is_text is not None else self._valid
@@ -105,18 +120,21 @@ class Plan:
             return
         row_bytes = self._num_heads * num_tokens * self._dtype.itemsize
         budget = _STACK_BYTES.get(self._layout.device.type, _STACK_BYTES_ELSEWHERE)
-        num_samples = max(1, min(batch_size, budget // (longest * row_bytes)))
+        # Under a causal mask two halves see a quarter less than the whole.
+        pieces = 2 if self._layout.causal and longest > 2 * _MIN_ROWS else 1
+        num_samples = max(1, min(batch_size, pieces * budget // (longest * row_bytes)))
         for first in range(0, batch_size, num_samples):
             samples = slice(first, min(first + num_samples, batch_size))
             length = max(lengths[samples]) if lengths is not None else num_tokens
-            num_rows = max(_MIN_ROWS, budget // ((samples.stop - first) * row_bytes))
-            num_rows = math.ceil(length / max(1, math.ceil(length / num_rows)))
-            for row in range(0, length, max(1, num_rows)):
+            num_rows = self._rows_per_chunk(budget // ((samples.stop - first) * row_bytes))
+            num_chunks = max(pieces, math.ceil(length / num_rows))
+            num_rows = max(1, math.ceil(length / num_chunks))
+            for row in range(0, length, num_rows):
                 slots = slice(row, min(row + num_rows, length))
                 rows = slots if order is None else order[samples, slots]
                 yield Chunk(samples, rows, self._key_range(samples, rows, window), slots)
 
-    def visibility(self, chunk: Chunk, window: int | None, *, log_domain: bool) -> Visibility:
+    def visibility(self, chunk: Chunk, window: int | None, *, in_logs: bool) -> Visibility:
         """Masks of one chunk under one window."""
         layout, samples, keys = self._layout, chunk.samples, chunk.keys
         row = chunk.read(self._position)[:, :, None]  # (samples, rows, 1)
@@ -142,11 +160,11 @@ class Plan:
         bias = None
         if hidden is not None:
             bias = self._penalty(hidden)[:, None]
-        cells, outside, counted = self._region(chunk, window, bias, log_domain=log_domain)
+        cells, outside, counted = self._region(chunk, window, bias, in_logs=in_logs)
         return Visibility(bias, start, dead, cells, outside, counted)
 
     def _region(
-        self, chunk: Chunk, window: int | None, bias: Tensor | None, *, log_domain: bool
+        self, chunk: Chunk, window: int | None, bias: Tensor | None, *, in_logs: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         rows = None if self._rows is None else chunk.read(self._rows)
         if self._keys is None:
@@ -155,7 +173,7 @@ class Plan:
         assert rows is not None  # a region has rows and keys
         region = rows[:, :, None] & self._keys[chunk.samples, None, chunk.keys]
         outside = None
-        if log_domain:
+        if in_logs:
             outside = self._penalty(~region)
             if bias is not None:
                 outside[..., outside.shape[-1] - bias.shape[-1] :] += bias.squeeze(1)
@@ -166,9 +184,16 @@ class Plan:
     def _penalty(self, hidden: Tensor) -> Tensor:
         return hidden.to(self._dtype).mul_(HIDDEN)
 
+    def _rows_per_chunk(self, affordable: int) -> int:
+        """Rows of one chunk: what the budget allows, and no stack as large as a whole map."""
+        num_tokens = self._layout.num_tokens
+        if num_tokens >= WHOLE_MAP_COUNTS:
+            affordable = min(affordable, num_tokens // (2 * self._num_heads))
+        return max(_MIN_ROWS, affordable)
+
     def _row_order(self) -> tuple[Tensor | None, list[int] | None]:
         """Rows worth computing, first in each sample's order, and how many there are."""
-        if not self._readable or self._layout.is_text is None:
+        if not self.readable or self._layout.is_text is None:
             return None, None
         rows = self._layout.region_rows
         assert rows is not None
@@ -177,7 +202,7 @@ class Plan:
 
     def _segment_span(self) -> tuple[Tensor | None, Tensor | None]:
         """First and last valid key of each token's segment, where reading them is free."""
-        if not self._readable or (self._valid is None and self._ranks is None):
+        if not self.readable or (self._valid is None and self._ranks is None):
             return None, None
         ranks = torch.zeros_like(self._position) if self._ranks is None else self._ranks
         num_tokens = self._layout.num_tokens

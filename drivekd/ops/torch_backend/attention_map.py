@@ -22,7 +22,13 @@ from torch import Tensor
 
 from drivekd.ops.attention_inputs import AttentionLayer, AttentionLayout, AttentionMapLossInputs
 from drivekd.ops.dispatch import register
-from drivekd.ops.torch_backend.attention_chunks import Chunk, Plan, Visibility, Workspace
+from drivekd.ops.torch_backend.attention_chunks import (
+    WHOLE_MAP_COUNTS,
+    Chunk,
+    Plan,
+    Visibility,
+    Workspace,
+)
 from drivekd.ops.torch_backend.attention_losses import (
     cosine_rows,
     exp_,
@@ -44,10 +50,10 @@ def attention_map(layer: AttentionLayer, layout: AttentionLayout, window: int | 
     shape = (layout.batch_size, layout.num_tokens, layout.num_tokens)
     result = torch.zeros(shape, dtype=dtype, device=query.device)
     plan = Plan(layout, query.shape[1], dtype)
-    maps = _HeadMean(plan, Workspace(dtype, query.device), log_domain=False)
+    maps = _HeadMean(plan, Workspace(dtype, query.device))
     for chunk in plan.chunks(window):
-        seen = plan.visibility(chunk, window, log_domain=False)
-        mean = maps.mean(layer, chunk, seen)
+        seen = plan.visibility(chunk, window, in_logs=False)
+        mean = maps.mean(layer, chunk, seen, "mean", in_logs=False)
         if seen.dead is not None:
             mean.masked_fill_(seen.dead[..., None], 0)
         result[chunk.samples, chunk.rows, chunk.keys] = mean
@@ -60,10 +66,10 @@ def attention_map_loss(
 ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
     """Sums over cells (mse) or rows (cosine, kl), (L, B), and their gradients in q and k."""
     layout, dtype = inputs.layout, inputs.dtype
-    log_domain = inputs.loss == "kl" or (inputs.loss == "cosine" and layout.is_text is not None)
+    in_logs = inputs.loss == "kl" or (inputs.loss == "cosine" and layout.is_text is not None)
     plan = Plan(layout, max(layer.query.shape[1] for layer in inputs.student), dtype)
     work = Workspace(dtype, layout.device)
-    maps = _HeadMean(plan, work, log_domain=log_domain)
+    maps = _HeadMean(plan, work)
     dq = [
         torch.zeros_like(layer.query, dtype=dtype) if needed else None
         for layer, needed in zip(inputs.student, inputs.needs_dq, strict=True)
@@ -77,84 +83,129 @@ def attention_map_loss(
     widest = None if None in inputs.windows else max(w for w in inputs.windows if w is not None)
     for chunk in plan.chunks(widest):
         seen = {
-            window: plan.visibility(chunk, window, log_domain=log_domain)
+            window: plan.visibility(chunk, window, in_logs=in_logs)
             for window in dict.fromkeys(inputs.windows)
         }
-        targets = _Targets(inputs, maps, chunk, seen)
+        targets = _Targets(inputs, maps, chunk, seen, in_logs=in_logs)
         for i, layer in enumerate(inputs.student):
             visible = seen[inputs.windows[i]]
-            blocks: list[_Block] = []
-            mean = maps.mean(layer, chunk, visible, keep=blocks)
-            value, grad = _loss_rows(inputs.loss, log_domain, mean, targets.of(i), visible)
+            heads = maps.heads(layer, chunk, visible, in_logs=in_logs)
+            value, grad = _loss_rows(inputs.loss, in_logs, heads.mean, targets.of(i), visible)
             rows[i, chunk.samples, chunk.slots] = value
             if dq[i] is not None or dk[i] is not None:
-                weight = mean if log_domain else None
-                _student_gradient(layer, chunk, blocks, grad, weight, work, dq[i], dk[i])
+                _student_gradient(layer, chunk, heads, grad, work, dq[i], dk[i], in_logs=in_logs)
     return rows.sum(dim=-1), dq, dk
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Scores or probabilities of some key heads and their query heads, and what they came from."""
+    """Some key heads with their query heads: operands and the stack made of their scores."""
 
     heads: slice
     key_heads: slice
     query: Tensor  # (samples * key heads, group * rows, D), scaled
     key: Tensor  # (samples * key heads, keys, D)
-    stack: Tensor  # (samples, heads, rows, keys): P_h, or W_h up to `log_weight`
-    log_weight: Tensor | None  # (samples, rows, keys)
+    stack: Tensor  # (samples, heads, rows, keys): P_h, or W_h
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """All heads of one layer in one chunk, and their mean."""
+
+    blocks: list[_Block]
+    mean: Tensor  # (samples, rows, keys): P or log P
+    mass: Tensor | None  # in the log domain: P beside stacks of P_h; None: the stacks are W_h
 
 
 class _HeadMean:
     """Head-mean maps of single chunks, or their logarithms."""
 
-    def __init__(self, plan: Plan, work: Workspace, *, log_domain: bool) -> None:
+    def __init__(self, plan: Plan, work: Workspace) -> None:
         self._plan = plan
         self._work = work
-        self.log_domain = log_domain
+        self._clean: dict[int, bool] = {}
 
     def mean(
-        self,
-        layer: AttentionLayer,
-        chunk: Chunk,
-        seen: Visibility,
-        *,
-        name: str = "mean",
-        keep: list[_Block] | None = None,
+        self, layer: AttentionLayer, chunk: Chunk, seen: Visibility, name: str, *, in_logs: bool
     ) -> Tensor:
-        """P or log P of one layer, (samples, rows, keys), in the workspace's tensor `name`.
+        """P or log P of one layer, (samples, rows, keys), in the workspace's tensor `name`."""
+        if in_logs:
+            return self._log_heads(layer, chunk, seen, name, keep=False).mean
+        return self._heads(layer, chunk, seen, name, keep=False).mean
 
-        With `keep` the stacks stay in memory and are listed there, P_h or W_h.
-        """
+    def heads(
+        self, layer: AttentionLayer, chunk: Chunk, seen: Visibility, *, in_logs: bool
+    ) -> _Heads:
+        """The same with every head's stack kept in memory until the next call."""
+        if in_logs:
+            return self._log_heads(layer, chunk, seen, "mean", keep=True)
+        return self._heads(layer, chunk, seen, "mean", keep=True)
+
+    def _heads(
+        self, layer: AttentionLayer, chunk: Chunk, seen: Visibility, name: str, *, keep: bool
+    ) -> _Heads:
+        blocks = []
         total = self._work.take(name, *chunk.shape)
-        for number, block in enumerate(self._blocks(layer, chunk, seen, keep is not None)):
-            if block.log_weight is None:
-                part = total if number == 0 else self._work.take("part", *chunk.shape)
-                torch.sum(block.stack, dim=1, out=part)
-                if number > 0:
-                    total.add_(part)
+        for block, scores in self._blocks(layer, chunk, seen, keep=keep):
+            lse = self._lse(layer, chunk, seen, block)
+            if lse is None:
+                torch.ops.aten._softmax.out(scores, -1, False, out=block.stack)
             else:
-                part = block.stack.sum(dim=1).log_().add_(block.log_weight)
-                total.copy_(part) if number == 0 else torch.logaddexp(total, part, out=total)
-            if keep is not None:
-                keep.append(block)
-        num_heads = layer.query.shape[1]
-        if not self.log_domain:
-            return total.div_(num_heads)
-        for block in keep or ():
-            assert block.log_weight is not None
-            block.stack.mul_(exp_(block.log_weight.sub_(total))[:, None])
-        return total.sub_(math.log(num_heads))
+                exp_(torch.sub(scores, lse, out=block.stack))
+            self._add(total, block.stack, first=block.heads.start == 0)
+            blocks.append(block)
+        return _Heads(blocks, total.div_(layer.query.shape[1]), None)
+
+    def _log_heads(
+        self, layer: AttentionLayer, chunk: Chunk, seen: Visibility, name: str, *, keep: bool
+    ) -> _Heads:
+        """Log P with stacks of P_h where no visible P underflows, else with stacks of W_h."""
+        if self._plan.readable:
+            heads = self._heads(layer, chunk, seen, f"{name} mass", keep=keep)
+            limits = torch.finfo(heads.mean.dtype)
+            smallest = seen.raised(heads.mean)
+            if float(smallest.amin()) > limits.tiny / limits.eps:
+                mass = heads.mean.clamp_(min=limits.tiny)
+                logs = torch.log(mass, out=self._work.take(name, *chunk.shape))
+                return _Heads(heads.blocks, seen.hide(logs), mass)
+        blocks, weights = [], []
+        total = self._work.take(name, *chunk.shape)
+        for block, scores in self._blocks(layer, chunk, seen, keep=keep):
+            lse = self._lse(layer, chunk, seen, block)
+            if lse is None:
+                torch.ops.aten._log_softmax.out(scores, -1, False, out=block.stack)
+            else:
+                torch.sub(scores, lse, out=block.stack)
+            top = block.stack.amax(dim=1)
+            exp_(block.stack.sub_(top[:, None]))
+            part = block.stack.sum(dim=1).log_().add_(top)
+            first = block.heads.start == 0
+            total.copy_(part) if first else torch.logaddexp(total, part, out=total)
+            blocks.append(block)
+            weights.append(top)
+        if keep:
+            for block, top in zip(blocks, weights, strict=True):
+                block.stack.mul_(exp_(top.sub_(total))[:, None])
+        return _Heads(blocks, total.sub_(math.log(layer.query.shape[1])), None)
+
+    def _add(self, total: Tensor, stack: Tensor, *, first: bool) -> None:
+        if first:
+            torch.sum(stack, dim=1, out=total)
+        else:
+            total.add_(torch.sum(stack, dim=1, out=self._work.take("part", *total.shape)))
 
     def _blocks(
-        self, layer: AttentionLayer, chunk: Chunk, seen: Visibility, keep: bool
-    ) -> Iterator[_Block]:
+        self, layer: AttentionLayer, chunk: Chunk, seen: Visibility, *, keep: bool
+    ) -> Iterator[tuple[_Block, Tensor]]:
+        """Blocks of heads with an unfilled stack, and their scores (samples, heads, rows, keys)."""
         num_heads, num_key_heads = layer.query.shape[1], layer.key.shape[1]
         group = num_heads // num_key_heads
         samples, rows, keys = chunk.shape
         limit = _BLOCK_BYTES.get(layer.query.device.type, _BLOCK_BYTES_ELSEWHERE)
-        block_bytes = samples * group * rows * keys * self._work.dtype.itemsize
-        step = max(1, limit // block_bytes)
+        head_bytes = rows * keys * self._work.dtype.itemsize
+        if layer.query.shape[2] >= WHOLE_MAP_COUNTS:
+            limit = min(limit, samples * layer.query.shape[2] ** 2 * self._work.dtype.itemsize // 2)
+        step = max(1, limit // (samples * group * head_bytes))
         for first in range(0, num_key_heads, step):
             key_heads = slice(first, min(first + step, num_key_heads))
             heads = slice(first * group, key_heads.stop * group)
@@ -162,52 +213,41 @@ class _HeadMean:
             shape = (samples, heads.stop - heads.start, rows, keys)
             scores = self._work.take("scores", *shape)
             torch.bmm(query, key.mT, out=scores.view(query.shape[0], query.shape[1], keys))
-            if seen.bias is not None:
-                scores[..., seen.start :].add_(seen.bias)
+            seen.hide(scores)
             stack = self._work.take(f"stack {first}" if keep else "stack", *shape)
-            log_weight = self._normalise(layer, chunk, seen, heads, scores, stack)
-            yield _Block(heads, key_heads, query, key, stack, log_weight)
+            yield _Block(heads, key_heads, query, key, stack), scores
 
     def _operands(
         self, layer: AttentionLayer, chunk: Chunk, seen: Visibility, heads: slice, key_heads: slice
     ) -> tuple[Tensor, Tensor]:
-        """Scaled queries and keys of one block, ready for a batched product; 0 at padding."""
+        """Scaled queries and keys of one block, ready for a batched product."""
         query = chunk.gather(layer.query[:, heads]).to(self._work.dtype) * layer.scale
         key = layer.key[chunk.samples, key_heads, chunk.keys].to(self._work.dtype)
-        if seen.dead is not None and self._plan.valid is not None:
+        if seen.dead is not None and self._plan.valid is not None and not self._is_clean(layer):
             query.masked_fill_(seen.dead[:, None, :, None], 0)
             padding = ~self._plan.valid[chunk.samples, chunk.keys]
             key = key.masked_fill(padding[:, None, :, None], 0)
-        samples, num_key_heads = key.shape[:2]
-        query = query.reshape(samples * num_key_heads, -1, query.shape[-1])
+        query = query.reshape(key.shape[0] * key.shape[1], -1, query.shape[-1])
         return query, key.flatten(0, 1)
 
-    def _normalise(
-        self,
-        layer: AttentionLayer,
-        chunk: Chunk,
-        seen: Visibility,
-        heads: slice,
-        scores: Tensor,
-        stack: Tensor,
+    def _is_clean(self, layer: AttentionLayer) -> bool:
+        """Whether scores at padding are known to vanish beside HIDDEN without being zeroed."""
+        if not self._plan.readable:
+            return False
+        if id(layer) not in self._clean:
+            norms = [torch.linalg.vector_norm(each) for each in (layer.query, layer.key)]
+            self._clean[id(layer)] = all(float(norm) < 1e10 for norm in norms)
+        return self._clean[id(layer)]
+
+    def _lse(
+        self, layer: AttentionLayer, chunk: Chunk, seen: Visibility, block: _Block
     ) -> Tensor | None:
-        """Scores to probabilities in `stack`; in the log domain to exp(log P_h - log_weight)."""
-        if layer.lse is not None:
-            lse = chunk.gather(layer.lse[:, heads]).to(scores.dtype)
-            if seen.dead is not None:
-                lse = lse.masked_fill(seen.dead[:, None], 0)
-            torch.sub(scores, lse[..., None], out=stack)
-            if not self.log_domain:
-                exp_(stack)
-                return None
-        elif self.log_domain:
-            torch.ops.aten._log_softmax.out(scores, -1, False, out=stack)
-        else:
-            torch.ops.aten._softmax.out(scores, -1, False, out=stack)
+        if layer.lse is None:
             return None
-        top = stack.amax(dim=1)
-        exp_(stack.sub_(top[:, None]))
-        return top
+        lse = chunk.gather(layer.lse[:, block.heads]).to(self._work.dtype)
+        if seen.dead is not None:
+            lse = lse.masked_fill(seen.dead[:, None], 0)
+        return lse[..., None]
 
 
 class _Targets:
@@ -219,11 +259,14 @@ class _Targets:
         maps: _HeadMean,
         chunk: Chunk,
         seen: dict[int | None, Visibility],
+        *,
+        in_logs: bool,
     ) -> None:
         self._inputs = inputs
         self._maps = maps
         self._chunk = chunk
         self._seen = seen
+        self._in_logs = in_logs
         self._ready: dict[tuple[int, int | None], tuple[str, Tensor]] = {}
         self._free: list[str] = []
         self._uses = Counter(
@@ -240,7 +283,7 @@ class _Targets:
             self._release(teacher, window)
         if len(members) == 1:
             return members[0]
-        if not self._maps.log_domain:
+        if not self._in_logs:
             total = members[0] + members[1]
             for member in members[2:]:
                 total.add_(member)
@@ -254,7 +297,9 @@ class _Targets:
         if (teacher, window) not in self._ready:
             name = self._free.pop() if self._free else f"teacher {len(self._ready)}"
             layer = self._inputs.teacher[teacher]
-            mean = self._maps.mean(layer, self._chunk, self._seen[window], name=name)
+            mean = self._maps.mean(
+                layer, self._chunk, self._seen[window], name, in_logs=self._in_logs
+            )
             self._ready[teacher, window] = (name, mean)
         return self._ready[teacher, window][1]
 
@@ -265,39 +310,46 @@ class _Targets:
 
 
 def _loss_rows(
-    loss: str, log_domain: bool, mean: Tensor, target: Tensor, seen: Visibility
+    loss: str, in_logs: bool, mean: Tensor, target: Tensor, seen: Visibility
 ) -> tuple[Tensor, Tensor]:
     """Each row's loss, and dL/dP or dL/dlog P."""
     if loss == "mse":
         return mse_rows(mean, target, seen)
     if loss == "kl":
         return log_kl_rows(mean, target, seen)
-    return (log_cosine_rows if log_domain else cosine_rows)(mean, target, seen)
+    return (log_cosine_rows if in_logs else cosine_rows)(mean, target, seen)
 
 
 def _student_gradient(
     layer: AttentionLayer,
     chunk: Chunk,
-    blocks: list[_Block],
+    student: _Heads,
     grad: Tensor,
-    log_mean: Tensor | None,
     work: Workspace,
     dq: Tensor | None,
     dk: Tensor | None,
+    *,
+    in_logs: bool,
 ) -> None:
-    """Add one chunk's part of dq and dk; `grad` is dL/dP, with `log_mean` = log P dL/dlog P."""
+    """Add one chunk's part of dq and dk; `grad` is dL/dP, or dL/dlog P (see the module)."""
     num_heads = layer.query.shape[1]
-    if log_mean is None:
+    log_mass = None
+    if not in_logs:
         grad = grad.div_(num_heads)
+    elif student.mass is not None:
+        grad = grad.div_(student.mass).div_(num_heads)
     else:
-        mass = exp_(log_mean).mul_(num_heads)[:, None]
-    for block in blocks:
+        log_mass = exp_(student.mean).mul_(num_heads)[:, None]
+    for block in student.blocks:
         ds = torch.mul(block.stack, grad[:, None], out=work.take("scores", *block.stack.shape))
         delta = ds.sum(dim=-1, keepdim=True)
-        if log_mean is None:
+        if in_logs and num_heads == 1:
+            # The derivative along a rescaling of the row, which cosine and kl ignore.
+            delta.zero_()
+        if log_mass is None:
             ds.addcmul_(block.stack, delta, value=-1)
         else:
-            torch.mul(mass, delta, out=ds)
+            torch.mul(log_mass, delta, out=ds)
             torch.sub(grad[:, None], ds, out=ds).mul_(block.stack)
         ds = ds.view(block.query.shape[0], block.query.shape[1], -1)
         if dq is not None:
