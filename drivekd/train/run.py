@@ -86,7 +86,9 @@ def distill(recipe: Recipe) -> Path:
     trainer.train(resume_from_checkpoint=_checkpoint(resume, Path(args.output_dir)))
     folder = Path(args.output_dir) / "student"
     trainer.save_model(str(folder))
-    _copy_image_settings(Path(recipe.student), folder)
+    if trainer.args.should_save:
+        _copy_image_settings(Path(recipe.student), folder)
+    trainer.accelerator.end_training()  # closes the process group under torchrun
     return folder
 
 

@@ -63,6 +63,8 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         NotImplementedError: Signals under DeepSpeed, FSDP or DataParallel.
     """
 
+    data_collator: Any
+
     def __init__(
         self,
         student: nn.Module,
@@ -194,7 +196,8 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         losses = {ANCHOR: cross_entropy, **signal_losses}
         self._backward(losses, signals)
         self._note(losses, inputs)
-        return cross_entropy.detach() / self.current_gradient_accumulation_steps
+        logged: Tensor = cross_entropy.detach() / self.current_gradient_accumulation_steps
+        return logged
 
     def _backward(self, losses: Mapping[str, Tensor], signals: list[Signal]) -> None:
         """Add the joined gradient of a micro-batch into `.grad`."""

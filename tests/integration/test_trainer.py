@@ -574,3 +574,20 @@ def test_unused_teacher_is_not_loaded(make, models, caplog):
     with caplog.at_level(logging.WARNING, logger="drivekd"):
         make(DistillConfig(signals=SIGNALS[:1]), teachers={"a": models["a"], "z": "nowhere"})
     assert "no signal uses the teachers z" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["agp", "none"])
+def test_loss_scaling_leaves_the_update_alone(make, models, method):
+    """fp16's GradScaler, which runs on the CPU too, around float32 models."""
+    weighting = "balance" if method == "agp" else "static"
+    config = DistillConfig(
+        signals=SIGNALS, weighting=weighting, projection=ProjectionConfig(method=method)
+    )
+    start = weights_of(models["student"])
+    other = copy.deepcopy(models["student"])
+    make(config, logging_steps=100).train()
+    scaled = make(config, student=other, logging_steps=100)
+    scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    scaled.train()
+    assert scaled.accelerator.scaler.get_scale() == 2.0**12
+    assert_close(weights_of(other), weights_of(models["student"]), start, relative=1e-4)

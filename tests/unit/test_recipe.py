@@ -109,6 +109,12 @@ def test_exponents_are_numbers(write, text):
     assert recipe.training["learning_rate"] == 1e-4
 
 
+@pytest.mark.parametrize("word", ["no", "off", "yes", "y"])
+def test_only_true_and_false_are_booleans(write, word):
+    """YAML 1.1 reads eval_strategy: no as false."""
+    assert load_recipe(write(CHARTS), [f"student={word}"]).student == word
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
