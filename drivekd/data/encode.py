@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from drivekd.data.conversation import (
+    Template,
+    Turn,
+    check_record,
+    count_placeholders,
+    describe_record,
+    load_image,
+    split_answers,
+    turns_of,
+)
 from drivekd.data.records import IMAGE_PLACEHOLDER
 from drivekd.errors import DataError
 
@@ -20,9 +30,6 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 # Model inputs with one entry per token; everything else an encoder returns counts images.
 TOKEN_KEYS = frozenset({"attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids"})
-
-_Template = Callable[[int, bool], str]  # (number of messages, add_generation_prompt) -> text
-_Turn = tuple[str, str]  # (role, content)
 
 
 class Encoder(Protocol):
@@ -35,123 +42,6 @@ class Encoder(Protocol):
     def encode_prompt(self, record: Record) -> dict[str, Tensor]:
         """Encode a record up to and including the generation prompt, without labels."""
         ...
-
-
-def describe_record(record: Record) -> str:
-    """Name a record in an error message: by its id, else by the start of its first message."""
-    if record.id:
-        return f"record {record.id!r}"
-    start = record.messages[0].content[:60] if record.messages else ""
-    return f"record without id (it starts with {start!r})"
-
-
-def load_image(record: Record, path: str, root: Path | None) -> Image.Image:
-    """Open one image of a record as 8-bit RGB.
-
-    Args:
-        record: The record, for the error message.
-        path: The image's path as the record gives it.
-        root: Folder that relative paths start from; None is the working directory.
-
-    Returns:
-        The image, fully read, in mode "RGB". EXIF orientation is not applied.
-
-    Raises:
-        DataError: The file is missing, unreadable, damaged, or has more than 8 bits a channel.
-    """
-    full = Path(path) if root is None else root / path
-    try:
-        with Image.open(full) as image:
-            if image.mode == "F" or image.mode.startswith("I"):
-                raise DataError(
-                    f"{describe_record(record)}: image {full} has mode {image.mode!r}; images "
-                    "need 8 bits a channel, convert it first"
-                )
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{describe_record(record)}: image {full} does not exist; check the path and root"
-        ) from error
-    except (
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        OSError,
-        SyntaxError,
-        ValueError,
-    ) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"{describe_record(record)}: image {full} cannot be read ({error})"
-        ) from error
-
-
-def _check_record(record: Record, *, needs_answer: bool) -> None:
-    """Check turns, answers and the number of image placeholders of one record."""
-    name = describe_record(record)
-    roles = [message.role for message in record.messages]
-    spoken = [role for role in roles if role != "system"]
-    if not spoken or spoken[0] != "user":
-        raise DataError(f"{name}: the first message after the system prompt must be the user's")
-    if needs_answer and roles[-1] != "assistant":
-        raise DataError(f"{name}: the last message is by {roles[-1]!r}, training needs an answer")
-    for message in record.messages:
-        if message.role != "assistant":
-            continue
-        if not message.content.strip():
-            raise DataError(f"{name}: an assistant message is empty, there is nothing to learn")
-        if IMAGE_PLACEHOLDER in message.content:
-            raise DataError(f"{name}: {IMAGE_PLACEHOLDER} stands in an assistant message")
-    placeholders = _count_placeholders(_turns(record, drop_answer=False))
-    if placeholders != len(record.images):
-        raise DataError(
-            f"{name}: {placeholders} {IMAGE_PLACEHOLDER} placeholders but {len(record.images)} "
-            f"images {list(record.images)}; each image needs exactly one placeholder"
-        )
-
-
-class _Piece(NamedTuple):
-    """A stretch of the templated conversation and the number of messages that it completes."""
-
-    text: str
-    is_answer: bool
-    num_messages: int
-
-
-def _turns(record: Record, *, drop_answer: bool) -> list[_Turn]:
-    """The record's turns, on request without a closing answer."""
-    turns = [(message.role, message.content) for message in record.messages]
-    return turns[:-1] if drop_answer and turns[-1][0] == "assistant" else turns
-
-
-def _split(record: Record, turns: Sequence[_Turn], template: _Template) -> list[_Piece]:
-    """Cut the templated turns into prompts and answers, in order.
-
-    An answer is what the template appends to the generation prompt, end token included and
-    the white space after it excluded. Turns that end with the user's end in a generation prompt;
-    otherwise the text ends with the last answer.
-    """
-    is_open = turns[-1][0] != "assistant"
-    whole = template(len(turns), is_open)
-    pieces: list[_Piece] = []
-    position = 0
-    for index, (role, _) in enumerate(turns):
-        if role != "assistant":
-            continue
-        prompt, answered = template(index, True), template(index + 1, False)
-        if not (whole.startswith(answered) and answered.startswith(prompt)):
-            raise DataError(
-                f"{describe_record(record)}: the chat template does not continue its own "
-                f"generation prompt at message {index}, so the answer cannot be told from the "
-                "prompt; split the record into single questions or use another template"
-            )
-        end = max(len(answered.rstrip()), len(prompt))
-        pieces.append(_Piece(whole[position : len(prompt)], False, index))
-        pieces.append(_Piece(whole[len(prompt) : end], True, index + 1))
-        position = end
-    if is_open:
-        pieces.append(_Piece(whole[position:], False, len(turns)))
-    return pieces
 
 
 class SingleTileEncoder:
@@ -264,10 +154,10 @@ class SingleTileEncoder:
     def _encode(self, record: Record, *, needs_answer: bool) -> tuple[list[int], list[int]]:
         """Ids and labels; earlier answers are cut out in prompts too, so that both agree."""
         self._check(record, needs_answer=needs_answer)
-        turns = _turns(record, drop_answer=not needs_answer)
+        turns = turns_of(record, drop_answer=not needs_answer)
         ids: list[int] = []
         labels: list[int] = []
-        for piece in _split(record, turns, self._template(turns)):
+        for piece in split_answers(record, turns, self._template(turns)):
             text = piece.text.replace(IMAGE_PLACEHOLDER, self._image_text)
             piece_ids = _token_ids(self.tokenizer, text)
             ids += piece_ids
@@ -275,7 +165,7 @@ class SingleTileEncoder:
         return ids, labels
 
     def _check(self, record: Record, *, needs_answer: bool) -> None:
-        _check_record(record, needs_answer=needs_answer)
+        check_record(record, needs_answer=needs_answer)
         for message in record.messages:
             for token in self._reserved:
                 if token in message.content:
@@ -284,7 +174,7 @@ class SingleTileEncoder:
                         f"{token!r}; write {IMAGE_PLACEHOLDER} where an image goes"
                     )
 
-    def _template(self, turns: Sequence[_Turn]) -> _Template:
+    def _template(self, turns: Sequence[Turn]) -> Template:
         messages = [{"role": role, "content": content} for role, content in turns]
 
         def render(count: int, add_generation_prompt: bool) -> str:
@@ -363,9 +253,9 @@ class ProcessorEncoder:
             DataError: Placeholders and images do not match, an image is missing or unreadable,
                 or prompt and whole conversation do not share their first tokens.
         """
-        _check_record(record, needs_answer=True)
-        turns = _turns(record, drop_answer=False)
-        pieces = _split(record, turns, self._template(turns))
+        check_record(record, needs_answer=True)
+        turns = turns_of(record, drop_answer=False)
+        pieces = split_answers(record, turns, self._template(turns))
         images = [load_image(record, path, self.root) for path in record.images]
         encoded = self._process("".join(piece.text for piece in pieces), images)
         ids = encoded["input_ids"]
@@ -375,7 +265,7 @@ class ProcessorEncoder:
             text += piece.text
             end = len(ids)
             if piece is not pieces[-1]:
-                count = _count_placeholders(turns[: piece.num_messages])
+                count = count_placeholders(turns[: piece.num_messages])
                 end = self._prefix_length(record, text, images[:count], ids)
             if piece.is_answer:
                 labels[start:end] = ids[start:end]
@@ -394,13 +284,13 @@ class ProcessorEncoder:
         Raises:
             DataError: As in `__call__`.
         """
-        _check_record(record, needs_answer=False)
-        turns = _turns(record, drop_answer=True)
+        check_record(record, needs_answer=False)
+        turns = turns_of(record, drop_answer=True)
         images = [load_image(record, path, self.root) for path in record.images]
-        pieces = _split(record, turns, self._template(turns))
+        pieces = split_answers(record, turns, self._template(turns))
         return self._process("".join(piece.text for piece in pieces), images)
 
-    def _template(self, turns: Sequence[_Turn]) -> _Template:
+    def _template(self, turns: Sequence[Turn]) -> Template:
         conversation = [{"role": role, "content": _content(content)} for role, content in turns]
 
         def render(count: int, add_generation_prompt: bool) -> str:
@@ -435,10 +325,6 @@ class ProcessorEncoder:
                 "of the whole conversation, so the answer cannot be told from the prompt"
             )
         return len(prefix)
-
-
-def _count_placeholders(turns: Sequence[_Turn]) -> int:
-    return sum(content.count(IMAGE_PLACEHOLDER) for _, content in turns)
 
 
 def _content(text: str) -> list[dict[str, str]]:

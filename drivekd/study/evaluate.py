@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from drivekd.data.collate import collate_features
-from drivekd.data.encode import describe_record
+from drivekd.data.conversation import describe_record
 from drivekd.errors import DataError
 
 if TYPE_CHECKING:
