@@ -65,7 +65,6 @@ exit codes:
 
 `drivekd COMMAND --help` says more about each. An error is one line; --debug shows its traceback.
 """
-_FAST_STEPS = 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -166,7 +165,7 @@ def _add_demo(commands: Any) -> None:
     length.add_argument(
         "--fast",
         action="store_true",
-        help=f"smoke run of {_FAST_STEPS} steps: shows that it works, learns nothing",
+        help="a small world and a few steps: shows that it works, learns nothing",
     )
 
 
@@ -250,7 +249,8 @@ def _run_demo(settings: argparse.Namespace) -> int:
         full=settings.full,
         seeds=settings.seeds,
         workers=settings.workers,
-        steps=_FAST_STEPS if settings.fast else settings.steps,
+        steps=settings.steps,
+        fast=settings.fast,
     )
     print(f"report: {report}")
     return OK

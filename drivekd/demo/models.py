@@ -1,7 +1,8 @@
 """The demo's vision-language models: Hugging Face InternVL with a Qwen2 decoder, at toy size.
 
-Real classes, so that whatever works here works on a real checkpoint: a vision tower with square token grid, a projector,
-a decoder with grouped-query attention and rotary positions, a tokenizer with a chat template. Only the sizes are small.
+Real classes, so that whatever works here works on a real checkpoint: a vision tower with a square
+token grid, a projector, a decoder with grouped-query attention and rotary positions, a tokenizer
+with a chat template. Only the sizes are small.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from drivekd.data import Record
 from drivekd.data.encode import SingleTileEncoder
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
-
-    from drivekd.data import Record
 
 IMAGE_SIZE = (48, 168)  # pixels, height x width: the driving world's frame
 GRID = (6, 6)  # vision tokens, rows x columns: one lane or shoulder by 13.3 m each
@@ -123,16 +125,42 @@ def build_model(
     return model
 
 
-def build_encoder(tokenizer: PreTrainedTokenizerFast, root: Path) -> SingleTileEncoder:
-    """The encoder that every toy model shares: one 168 x 48 tile, 36 vision tokens."""
-    return SingleTileEncoder(
-        tokenizer,
-        image_size=IMAGE_SIZE,
-        image_seq_length=GRID[0] * GRID[1],
-        image_token=IMAGE_TOKEN,
-        image_mean=(0.4, 0.4, 0.4),
-        image_std=(0.3, 0.3, 0.3),
-        start_image_token=START_IMAGE,
-        end_image_token=END_IMAGE,
-        root=root,
-    )
+class CachedEncoder:
+    """The encoder that every toy model shares (one 168 x 48 tile, 36 vision tokens), remembering.
+
+    The demo's frames fit in memory, and a frame is read in every epoch by every arm.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, root: Path) -> None:
+        self._encoder = SingleTileEncoder(
+            tokenizer,
+            image_size=IMAGE_SIZE,
+            image_seq_length=GRID[0] * GRID[1],
+            image_token=IMAGE_TOKEN,
+            image_mean=(0.4, 0.4, 0.4),
+            image_std=(0.3, 0.3, 0.3),
+            start_image_token=START_IMAGE,
+            end_image_token=END_IMAGE,
+            root=root,
+        )
+        self._samples: dict[str, dict[str, Tensor]] = {}
+        self._prompts: dict[str, dict[str, Tensor]] = {}
+        self._pixels: dict[tuple[str, ...], Tensor] = {}
+
+    def __call__(self, record: Record) -> dict[str, Tensor]:
+        """A record with its answer, as `SingleTileEncoder` gives it."""
+        if record.id not in self._samples:
+            self._samples[record.id] = self._shared(record, self._encoder(record))
+        return dict(self._samples[record.id])
+
+    def encode_prompt(self, record: Record) -> dict[str, Tensor]:
+        """A record up to the generation prompt, as `SingleTileEncoder` gives it."""
+        if record.id not in self._prompts:
+            prompt = self._encoder.encode_prompt(record)
+            self._prompts[record.id] = self._shared(record, prompt)
+        return dict(self._prompts[record.id])
+
+    def _shared(self, record: Record, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same, with one copy of the pixels for all questions about a frame."""
+        pixels = self._pixels.setdefault(record.images, encoded["pixel_values"])
+        return {**encoded, "pixel_values": pixels}

@@ -208,7 +208,8 @@ def test_demo_passes_its_settings_on(fake, capsys):
     assert main(["demo"]) == 0
     out = Path("runs/demo")
     cores = os.cpu_count()
-    assert calls.pop() == (out, {"full": False, "seeds": None, "workers": cores, "steps": None})
+    default = {"full": False, "seeds": None, "workers": cores, "steps": None, "fast": False}
+    assert calls.pop() == (out, default)
     assert capsys.readouterr().out == f"report: {out / 'report.html'}\n"
     line = [
         "demo",
@@ -224,10 +225,10 @@ def test_demo_passes_its_settings_on(fake, capsys):
         "9",
     ]
     assert main(line) == 0
-    wanted = {"full": True, "seeds": [3, 1], "workers": 1, "steps": 9}
+    wanted = {"full": True, "seeds": [3, 1], "workers": 1, "steps": 9, "fast": False}
     assert calls.pop() == (Path("o"), wanted)
     assert main(["demo", "--fast"]) == 0
-    assert 0 < calls.pop()[1]["steps"] < 100
+    assert calls.pop()[1]["fast"] is True
 
 
 def test_distill_loads_the_recipe_with_its_overrides(fake, capsys):

@@ -1,0 +1,42 @@
+"""Distil driving vision-language models through their attention maps, without materialising attention."""
+
+from drivekd import functional
+from drivekd.capture import capture_attention
+from drivekd.errors import (
+    BackendUnavailableError,
+    CaptureError,
+    DataError,
+    RecipeError,
+    TokenMismatchError,
+)
+from drivekd.losses import AttentionMapLoss
+from drivekd.ops.dispatch import backend_info
+from drivekd.pairing import match_layer_groups
+from drivekd.projection import (
+    GradientProjector,
+    ProjectionReport,
+    agp_weights,
+    pcgrad_weights,
+)
+from drivekd.tokens import TokenLayout
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "AttentionMapLoss",
+    "BackendUnavailableError",
+    "CaptureError",
+    "DataError",
+    "GradientProjector",
+    "ProjectionReport",
+    "RecipeError",
+    "TokenLayout",
+    "TokenMismatchError",
+    "__version__",
+    "agp_weights",
+    "backend_info",
+    "capture_attention",
+    "functional",
+    "match_layer_groups",
+    "pcgrad_weights",
+]
