@@ -177,8 +177,14 @@ def attention_map_loss(
         scales = check.per_layer("scale_teacher", scale_teacher, len(q_layers))
         lses = check.per_layer("lse_teacher", lse_teacher, len(q_layers))
         where = "[{i}]"
-    student = _Model("q_student", "k_student", "scale_student", "lse_student")
-    teacher = _Model(*(f"{each}_teacher{where}" for each in ("q", "k", "scale", "lse")))
+    student = _Model("q_student", "k_student", "scale_student", "lse_student", learns=True)
+    teacher = _Model(
+        f"q_teacher{where}",
+        f"k_teacher{where}",
+        "scale_teacher" + (where if check.is_sequence(scale_teacher) else ""),
+        f"lse_teacher{where}",
+        learns=False,
+    )
     losses = _losses(
         student.layers([q_student], [k_student], [scale_student], [lse_student]),
         teacher.layers(q_layers, k_layers, scales, lses),
@@ -263,11 +269,15 @@ def layerwise_attention_map_loss(
     check.check_choice("reduction", reduction, REDUCTIONS)
     q_s, k_s = check.check_pairs("student_layers", student_layers)
     q_t, k_t = check.check_pairs("teacher_layers", teacher_layers)
-    student = _Model(
-        "student_layers[{i}][0]", "student_layers[{i}][1]", "scale_student", "lse_student"
-    )
-    teacher = _Model(
-        "teacher_layers[{i}][0]", "teacher_layers[{i}][1]", "scale_teacher", "lse_teacher"
+    student, teacher = (
+        _Model(
+            f"{each}_layers[{{i}}][0]",
+            f"{each}_layers[{{i}}][1]",
+            f"scale_{each}" + ("[{i}]" if check.is_sequence(scale) else ""),
+            f"lse_{each}[{{i}}]",
+            learns=each == "student",
+        )
+        for each, scale in (("student", scale_student), ("teacher", scale_teacher))
     )
     losses = _losses(
         student.layers(
@@ -317,6 +327,7 @@ class _Model:
     key: str
     scale: str
     lse: str
+    learns: bool
 
     def layers(
         self,
@@ -330,6 +341,9 @@ class _Model:
         for i, (query, key) in enumerate(zip(queries, keys, strict=True)):
             query_name = self.query.format(i=i)
             q, k = check.check_query_key(query, key, query_name, self.key.format(i=i))
+            if not self.learns:
+                for name, tensor in ((query_name, q), (self.key.format(i=i), k)):
+                    check.check_no_grad(name, tensor, "run the teacher under torch.no_grad()")
             if i > 0:
                 check.check_same_tokens(q, result.queries[0], query_name, result.name)
             result.lses.append(check.check_lse(self.lse.format(i=i), lses[i], q))
@@ -359,10 +373,6 @@ def _losses(
     check.check_flag("causal", causal)
     first = student.queries[0]
     check.check_same_tokens(teacher.queries[0], first, teacher.name, student.name)
-    for tensor in (*teacher.queries, *teacher.keys):
-        check.check_no_grad(
-            "the teacher", tensor, "run it under torch.no_grad(), or pass detached tensors"
-        )
     layout = check.check_tokens(tokens, first, student.name)
     weight = check.check_sample_weight(sample_weight, first)
     if region == "text_to_vision" and layout is None:
@@ -423,6 +433,8 @@ def _objects(value: object) -> list[object]:
 def _autocast(tensor: Tensor) -> Tensor:
     """Cast as scaled_dot_product_attention does under autocast: all but float64."""
     kind = tensor.device.type
-    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return tensor
+    if not torch.is_autocast_enabled(kind):
         return tensor
     return tensor.to(torch.get_autocast_dtype(kind))

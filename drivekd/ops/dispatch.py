@@ -19,7 +19,6 @@ The environment variable `DRIVEKD_BACKEND` replaces `"auto"` for every op that h
 ops that have none (attention maps are never `native`) keep to the table.
 """
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -63,6 +62,7 @@ class _Entry:
 
 
 _REGISTRY: dict[tuple[str, str], _Entry] = {}
+_REASONS: dict[str, str | None] = {}
 
 
 def register(
@@ -135,7 +135,6 @@ def resolve(op: str, requested: str, *, device: torch.device, dtype: torch.dtype
     return name
 
 
-@functools.cache
 def unavailable_reason(backend: str) -> str | None:
     """Why a backend cannot run in this process, with the remedy; None when it can.
 
@@ -146,6 +145,12 @@ def unavailable_reason(backend: str) -> str | None:
     """
     if backend == "torch":
         return None
+    if backend not in _REASONS:  # a plain dict: torch.compile warns about functools.cache
+        _REASONS[backend] = _find_reason(backend)
+    return _REASONS[backend]
+
+
+def _find_reason(backend: str) -> str | None:
     if backend == "native":
         return _import_reason(
             "drivekd._C",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from drivekd.functional import attention_map, attention_map_loss, layerwise_attention_map_loss
 from drivekd.reference import attention_map as reference
 from drivekd.tokens import TokenLayout
