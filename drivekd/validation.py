@@ -6,6 +6,7 @@ Values are looked at only under `DRIVEKD_DEBUG=1`, because reading them back sta
 import math
 import os
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -99,15 +100,17 @@ def check_pairs(name: str, layers: object) -> tuple[list[object], list[object]]:
     """A non-empty sequence of (q, k), as two lists."""
     if not is_sequence(layers):
         raise TypeError(f"{name} is a {_kind(layers)}; wanted a list of (q, k) pairs")
-    assert isinstance(layers, Sequence)
     if len(layers) == 0:
         raise ValueError(f"{name} is empty; wanted at least one (q, k) pair")
+    queries, keys = [], []
     for i, pair in enumerate(layers):
         if not is_sequence(pair):
             raise TypeError(f"{name}[{i}] is a {_kind(pair)}; wanted a pair (q, k)")
         if len(pair) != 2:
             raise ValueError(f"{name}[{i}] has {len(pair)} entries; wanted a pair (q, k)")
-    return [pair[0] for pair in layers], [pair[1] for pair in layers]
+        queries.append(pair[0])
+        keys.append(pair[1])
+    return queries, keys
 
 
 def check_single(name: str, value: object, like: str) -> None:
@@ -122,7 +125,6 @@ def check_listed(name: str, value: object, like: Sequence[object], like_name: st
         raise TypeError(
             f"{name} is a {_kind(value)} but {like_name} is a list; wanted two tensors or two lists"
         )
-    assert isinstance(value, Sequence)
     if len(value) != len(like):
         raise ValueError(f"{like_name} has {len(like)} layers but {name} has {len(value)}")
     if len(value) == 0:
@@ -136,7 +138,6 @@ def per_layer(name: str, value: object, num_layers: int) -> list[object]:
         if isinstance(value, Tensor):
             raise TypeError(f"{name} is one tensor; wanted one entry for each of the layers")
         return [value] * num_layers
-    assert isinstance(value, Sequence)
     if len(value) != num_layers:
         raise ValueError(f"{name} has {len(value)} entries but there are {num_layers} layers")
     return list(value)
@@ -229,30 +230,32 @@ def check_groups(groups: object, num_student: int, num_teacher: int) -> list[tup
     """The teacher layers of each student layer, by index into the teacher's list."""
     if not is_sequence(groups):
         raise TypeError(f"groups is a {_kind(groups)}; wanted one list of int per student layer")
-    assert isinstance(groups, Sequence)
     if len(groups) != num_student:
         raise ValueError(
             f"groups has {len(groups)} entries but there are {num_student} student layers"
         )
-    checked = []
-    for i, group in enumerate(groups):
-        if not is_sequence(group):
-            raise TypeError(f"groups[{i}] is a {_kind(group)}; wanted a list of teacher indices")
-        if len(group) == 0:
-            raise ValueError(f"groups[{i}] is empty; every student layer needs a teacher layer")
-        for index in group:
-            if isinstance(index, bool) or not isinstance(index, int):
-                raise TypeError(f"groups[{i}] holds a {_kind(index)}; wanted teacher indices (int)")
-            if not 0 <= index < num_teacher:
-                raise ValueError(
-                    f"groups[{i}] holds {index}; wanted indices from 0 to {num_teacher - 1}, "
-                    f"since {num_teacher} teacher layers are given"
-                )
-        checked.append(tuple(group))
-    return checked
+    return [_check_group(f"groups[{i}]", group, num_teacher) for i, group in enumerate(groups)]
 
 
-def is_sequence(value: object) -> bool:
+def _check_group(name: str, group: object, num_teacher: int) -> tuple[int, ...]:
+    if not is_sequence(group):
+        raise TypeError(f"{name} is a {_kind(group)}; wanted a list of teacher indices")
+    if len(group) == 0:
+        raise ValueError(f"{name} is empty; every student layer needs a teacher layer")
+    members = []
+    for index in group:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"{name} holds a {_kind(index)}; wanted teacher indices (int)")
+        if not 0 <= index < num_teacher:
+            raise ValueError(
+                f"{name} holds {index}; wanted indices from 0 to {num_teacher - 1}, since "
+                f"{num_teacher} teacher layers are given"
+            )
+        members.append(index)
+    return tuple(members)
+
+
+def is_sequence(value: object) -> TypeGuard[Sequence[object]]:
     """A list, tuple or the like, but no string and no tensor."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 

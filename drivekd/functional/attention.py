@@ -1,6 +1,5 @@
 """Head-mean attention maps and their distillation losses, from post-RoPE queries and keys."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from drivekd import validation as check
 from drivekd.autograd.attention_map import AttentionMapLossFunction, AttentionMapLossSpec
+from drivekd.functional.layers import LayerNames, ModelLayers, autocast
 from drivekd.ops import attention_map as _ops
 from drivekd.ops.dispatch import BackendName, resolve
 from drivekd.tokens import TokenLayout
@@ -69,7 +69,7 @@ def attention_map(
     check.check_flag("causal", causal)
     width = check.check_window("window", window)
     factor = check.check_scale("scale", scale, q.shape[-1])
-    q, k = _autocast(q.detach()), _autocast(k.detach())
+    q, k = autocast(q.detach()), autocast(k.detach())
     name = resolve("attention_map", backend, device=q.device, dtype=q.dtype)
     valid = None if layout is None else layout.valid
     segment_ids = None if layout is None else layout.segment_ids
@@ -177,8 +177,8 @@ def attention_map_loss(
         scales = check.per_layer("scale_teacher", scale_teacher, len(q_layers))
         lses = check.per_layer("lse_teacher", lse_teacher, len(q_layers))
         where = "[{i}]"
-    student = _Model("q_student", "k_student", "scale_student", "lse_student", learns=True)
-    teacher = _Model(
+    student = LayerNames("q_student", "k_student", "scale_student", "lse_student", learns=True)
+    teacher = LayerNames(
         f"q_teacher{where}",
         f"k_teacher{where}",
         "scale_teacher" + (where if check.is_sequence(scale_teacher) else ""),
@@ -270,7 +270,7 @@ def layerwise_attention_map_loss(
     q_s, k_s = check.check_pairs("student_layers", student_layers)
     q_t, k_t = check.check_pairs("teacher_layers", teacher_layers)
     student, teacher = (
-        _Model(
+        LayerNames(
             f"{each}_layers[{{i}}][0]",
             f"{each}_layers[{{i}}][1]",
             f"scale_{each}" + ("[{i}]" if check.is_sequence(scale) else ""),
@@ -308,55 +308,9 @@ def layerwise_attention_map_loss(
     return losses if reduction == "none" else losses.mean()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layers:
-    """Checked layers of one model, cast for autocast."""
-
-    queries: list[Tensor]
-    keys: list[Tensor]
-    scales: list[float]
-    lses: list[Tensor | None]
-    name: str  # what the first query is called in messages
-
-
-@dataclasses.dataclass(frozen=True)
-class _Model:
-    """What one model's arguments are called in messages; {i} stands for the layer."""
-
-    query: str
-    key: str
-    scale: str
-    lse: str
-    learns: bool
-
-    def layers(
-        self,
-        queries: Sequence[object],
-        keys: Sequence[object],
-        scales: Sequence[object],
-        lses: Sequence[object],
-    ) -> _Layers:
-        """Check every layer by itself and against the first."""
-        result = _Layers([], [], [], [], self.query.format(i=0))
-        for i, (query, key) in enumerate(zip(queries, keys, strict=True)):
-            query_name = self.query.format(i=i)
-            q, k = check.check_query_key(query, key, query_name, self.key.format(i=i))
-            if not self.learns:
-                for name, tensor in ((query_name, q), (self.key.format(i=i), k)):
-                    check.check_no_grad(name, tensor, "run the teacher under torch.no_grad()")
-            if i > 0:
-                check.check_same_tokens(q, result.queries[0], query_name, result.name)
-            result.lses.append(check.check_lse(self.lse.format(i=i), lses[i], q))
-            scale_name = self.scale.format(i=i)
-            result.scales.append(check.check_scale(scale_name, scales[i], q.shape[-1]))
-            result.queries.append(_autocast(q))
-            result.keys.append(_autocast(k))
-        return result
-
-
 def _losses(
-    student: _Layers,
-    teacher: _Layers,
+    student: ModelLayers,
+    teacher: ModelLayers,
     groups: Sequence[tuple[int, ...]],
     tokens: TokenLayout | None,
     *,
@@ -428,13 +382,3 @@ def check_settings(region: object, loss: object, denominator: object) -> None:
 def _objects(value: object) -> list[object]:
     """One value as the list of one layer."""
     return [value]
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    """Cast as scaled_dot_product_attention does under autocast: all but float64."""
-    kind = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
-        return tensor
-    if not torch.is_autocast_enabled(kind):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(kind))

@@ -7,6 +7,7 @@ from drivekd.functional import attention_map, attention_map_loss, layerwise_atte
 from drivekd.reference import attention_map as reference
 from drivekd.tokens import TokenLayout
 from tests.helpers.attention import Heads, assert_matches_twin, make_case, run, run_twin
+from tests.helpers.host_reads import NoHostRead
 
 LOSSES = ["mse", "cosine", "kl"]
 REGIONS = ["full", "text_to_vision"]
@@ -82,6 +83,32 @@ def test_many_chunks_of_rows_agree_with_one(loss, region, padding, monkeypatch):
     assert_matches_twin(case)
     for a, b in zip(whole, run(case), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-15)
+
+
+@everything
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize(("segments", "window"), [(None, None), (3, None), (None, 5), (2, 7)])
+def test_the_path_of_other_devices_agrees_and_reads_nothing_back(
+    loss, region, padding, segments, window, monkeypatch
+):
+    """On a GPU nothing is read back; here the same path runs on the CPU, under a guard."""
+    from drivekd.ops.attention_map import attention_map_loss as op
+    from drivekd.ops.torch_backend import attention_chunks
+
+    monkeypatch.setattr(attention_chunks, "READABLE", frozenset())
+    case = make_case(
+        padding=padding, segments=segments, window=window, loss=loss, region=region, weighted=True
+    )
+    assert_matches_twin(case)
+    inside = case.tokens if region == "text_to_vision" else None
+    (q, k), (q_t, k_t) = case.student, case.teachers[0]
+    with NoHostRead():
+        op._init_fn(
+            [q], [k], [q_t], [k_t], [None], [None], [0], [0, 1], case.tokens.valid,
+            case.tokens.segment_ids, inside and inside.is_text, inside and inside.is_vision,
+            case.sample_weight, [0.3], [0.3], [window or 0], True, loss, "official", [True], [True],
+            "torch",
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("denominator", ["official", "live"])

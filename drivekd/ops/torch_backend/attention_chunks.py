@@ -18,6 +18,7 @@ HIDDEN = -1e30
 _STACK_BYTES = {"cpu": 4 * 2**20}
 _STACK_BYTES_ELSEWHERE = 64 * 2**20
 _MIN_ROWS = 16
+READABLE = frozenset({"cpu"})  # devices whose values are read: elsewhere that would synchronise
 WHOLE_MAP_COUNTS = 512  # tokens from which on no stack may hold as many cells as one map
 
 
@@ -94,7 +95,7 @@ class Plan:
         self._layout = layout
         self._num_heads = num_heads
         self._dtype = dtype
-        self.readable = layout.device.type == "cpu"
+        self.readable = layout.device.type in READABLE
         self._valid = layout.valid
         if self.readable and self._valid is not None and bool(self._valid.all()):
             self._valid = None
@@ -166,11 +167,12 @@ class Plan:
     def _region(
         self, chunk: Chunk, window: int | None, bias: Tensor | None, *, in_logs: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        rows = None if self._rows is None else chunk.read(self._rows)
+        if self._rows is None:
+            return None, None, None
+        rows = chunk.read(self._rows)
         if self._keys is None:
-            cells = None if rows is None else rows[:, :, None].to(self._dtype)
-            return cells, None, None if cells is None else cells.squeeze(-1)
-        assert rows is not None  # a region has rows and keys
+            live = rows.to(self._dtype)
+            return live[:, :, None], None, live
         region = rows[:, :, None] & self._keys[chunk.samples, None, chunk.keys]
         outside = None
         if in_logs:
@@ -193,10 +195,9 @@ class Plan:
 
     def _row_order(self) -> tuple[Tensor | None, list[int] | None]:
         """Rows worth computing, first in each sample's order, and how many there are."""
-        if not self.readable or self._layout.is_text is None:
+        rows = None if self._layout.is_text is None else self._layout.region_rows
+        if not self.readable or rows is None:
             return None, None
-        rows = self._layout.region_rows
-        assert rows is not None
         order = torch.argsort(rows.logical_not().to(torch.int8), dim=-1, stable=True)
         return order, [int(length) for length in rows.sum(dim=-1).tolist()]
 
