@@ -18,6 +18,7 @@ from drivekd.projection import (
     agp_weights,
     pcgrad_weights,
 )
+from drivekd.reweighting import BalancedWeights, OnlineWeights, StaticWeights
 from drivekd.tokens import TokenLayout
 
 __version__ = "0.1.0.dev0"
@@ -25,11 +26,14 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "AttentionMapLoss",
     "BackendUnavailableError",
+    "BalancedWeights",
     "CaptureError",
     "DataError",
     "GradientProjector",
+    "OnlineWeights",
     "ProjectionReport",
     "RecipeError",
+    "StaticWeights",
     "TokenLayout",
     "TokenMismatchError",
     "__version__",
