@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from drivekd.data import Record, load_records
 from drivekd.demo.settings import World
 from drivekd.driving import generate_dataset, sample_frames
 from drivekd.errors import DataError
+
+BLANK = "blank.png"
+_BLANK_FRAMES = 101
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,23 @@ def make_world(
                 workers=workers,
                 progress=lambda done, total, split=split: progress(split, done, total),  # type: ignore[misc]
             )
+    if not (root / BLANK).exists():
+        _draw_blank(root)
+
+
+def _draw_blank(root: Path) -> None:
+    """The empty road: the pixelwise median of training frames.
+
+    A picture of one colour would be further from anything a model has seen, and make it babble.
+    """
+    paths = dict.fromkeys(record.images[0] for record in load_records(root / "train.json"))
+    frames = [np.asarray(Image.open(root / path)) for path in list(paths)[:_BLANK_FRAMES]]
+    Image.fromarray(np.median(frames, axis=0).astype(np.uint8)).save(root / BLANK)
+
+
+def blanked(records: Sequence[Record]) -> list[Record]:
+    """The same questions about the empty road."""
+    return [replace(record, id=f"blank-{record.id}", images=(BLANK,)) for record in records]
 
 
 def load_splits(root: Path, world: World) -> Splits:

@@ -26,18 +26,10 @@ def tally_answers(
     encoder: CachedEncoder,
     tokenizer: PreTrainedTokenizerFast,
     records: Sequence[Record],
-    *,
-    blank_images: bool = False,
 ) -> Tallies:
     """Generate an answer to every record greedily, read the choice from the text, and count."""
     answers = generate_answers(
-        model,
-        encoder,
-        tokenizer,
-        records,
-        batch_size=128,
-        max_new_tokens=ANSWER_TOKENS,
-        blank_images=blank_images,
+        model, encoder, tokenizer, records, batch_size=128, max_new_tokens=ANSWER_TOKENS
     )
     by_question = score(records, answers).by_question
     return _by_capability(records, {q: _plain(t) for q, t in by_question.items()})

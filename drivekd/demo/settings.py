@@ -45,7 +45,7 @@ class ArmSpec:
         signals: which capabilities' attention maps are distilled.
         projection: the projector's method; "none" sums.
         teachers: "capability" (the shipped ones), "random" (untrained weights), "blank" (the
-            shipped ones looking at blank images), or "" for no teacher.
+            shipped ones looking at an empty road), or "" for no teacher.
         logits: distil the teachers' next-token distributions instead of their attention maps.
         share: what share of cross-entropy's gradient norm each signal is held at.
         steps_factor: training length against the other arms.
@@ -124,8 +124,8 @@ FULL_ARMS = (
     ),
     ArmSpec(
         "blank-teacher",
-        "control: teachers see blank images",
-        "multi+agp with teachers that look at blank images: what a fixed habit of looking gives",
+        "control: teachers see an empty road",
+        "multi+agp with teachers that see an empty road: what a fixed habit of looking gives",
         CAPABILITIES,
         "agp",
         "blank",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from drivekd.data import Record
 from drivekd.data.collate import collate_features
-from drivekd.demo.data import load_splits, make_world
+from drivekd.demo.data import blanked, load_splits, make_world
 from drivekd.demo.evaluation import tally_answers
 from drivekd.demo.models import TEACHER, CachedEncoder, build_model, build_tokenizer
 from drivekd.demo.settings import CAPABILITIES, World
@@ -142,12 +142,12 @@ def make_teachers(
         train(model, own, steps=own_steps, learning_rate=6e-4, seed=JOINT_SEED + 1 + i)
         model.half().save_pretrained(assets / name)
         teacher = load_teacher(name, assets)
-        measure = partial(tally_answers, teacher, encoder, tokenizer, splits.test)
+        measure = partial(tally_answers, teacher, encoder, tokenizer)
         result = Teacher(
             name=name,
             parameters=sum(p.numel() for p in teacher.parameters()),
-            accuracy=measure(),
-            blank=measure(blank_images=True),
+            accuracy=measure(splits.test),
+            blank=measure(blanked(splits.test)),
         )
         facts["teachers"].append(asdict(result))
         print(name, {c: round(micro(t.values()).accuracy, 3) for c, t in result.accuracy.items()})

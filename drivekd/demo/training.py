@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from drivekd.data.collate import Collator
-from drivekd.demo.data import Splits, load_splits
+from drivekd.demo.data import Splits, blanked, load_splits
 from drivekd.demo.evaluation import tally_answers
 from drivekd.demo.jobs import Job
 from drivekd.demo.models import STUDENT, TEACHER, CachedEncoder, build_model
@@ -58,9 +58,16 @@ def distill_config(arm: ArmSpec, seed: int) -> DistillConfig:
 
 
 def prepare_teachers(
-    arm: ArmSpec, tokenizer: PreTrainedTokenizerFast, clock: TeacherClock
+    arm: ArmSpec, tokenizer: PreTrainedTokenizerFast, empty_road: Tensor, clock: TeacherClock
 ) -> dict[str, nn.Module]:
-    """The teachers of an arm, by capability; the clock is started and stopped by their forwards."""
+    """The teachers of an arm, by capability; the clock is started and stopped by their forwards.
+
+    Args:
+        arm: which teachers.
+        tokenizer: the models' tokenizer.
+        empty_road: (1, 3, H, W) pixels, what teachers of the kind "blank" see in every picture.
+        clock: counts their processor time.
+    """
     teachers: dict[str, nn.Module] = {}
     for i, name in enumerate(arm.signals):
         if arm.teachers == "random":
@@ -68,7 +75,7 @@ def prepare_teachers(
         else:
             teacher = load_teacher(name)
         if arm.teachers == "blank":
-            teacher.register_forward_pre_hook(_blank, with_kwargs=True)
+            teacher.register_forward_pre_hook(partial(_blank, empty_road), with_kwargs=True)
         clock.watch(teacher)
         teachers[name] = teacher
     return teachers
@@ -89,11 +96,12 @@ def run_job(job: Job, say: Callable[[str], None]) -> Run:
     tokenizer = load_tokenizer()
     encoder = CachedEncoder(tokenizer, splits.root)
     student = build_model(STUDENT, tokenizer, seed=job.seed)
+    empty_road = encoder.encode_prompt(blanked(splits.test)[0])["pixel_values"]
     clock = TeacherClock()
     recorder = Recorder(job, student, encoder, tokenizer, splits, say)
     trainer = DistillTrainer(
         student,
-        prepare_teachers(job.arm, tokenizer, clock),
+        prepare_teachers(job.arm, tokenizer, empty_road, clock),
         distill_config(job.arm, job.seed),
         args=_arguments(job),
         train_dataset=splits.student,
@@ -104,7 +112,7 @@ def run_job(job: Job, say: Callable[[str], None]) -> Run:
     trainer.train()
     student.save_pretrained(job.output / "student")
     tokenizer.save_pretrained(job.output / "student")
-    measure = partial(tally_answers, student, encoder, tokenizer, splits.test)
+    measure = partial(tally_answers, student, encoder, tokenizer)
     run = Run(
         arm=job.arm.name,
         seed=job.seed,
@@ -112,8 +120,8 @@ def run_job(job: Job, say: Callable[[str], None]) -> Run:
         parameters=sum(parameter.numel() for parameter in student.parameters()),
         cpu_seconds=recorder.cpu_seconds,
         teacher_cpu_seconds=min(clock.seconds, recorder.cpu_seconds),
-        accuracy=measure(),
-        blank=measure(blank_images=True),
+        accuracy=measure(splits.test),
+        blank=measure(blanked(splits.test)),
         learning_curve=tuple(recorder.curve),
         loss_curve=tuple(recorder.losses),
         projection_log=tuple(recorder.projections),
@@ -234,10 +242,10 @@ def _arguments(job: Job) -> transformers.TrainingArguments:
 
 
 def _blank(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    empty_road: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Hide the picture from a teacher."""
-    return args, {**kwargs, "pixel_values": torch.zeros_like(kwargs["pixel_values"])}
+    return args, {**kwargs, "pixel_values": empty_road.expand_as(kwargs["pixel_values"])}
 
 
 def _percentages(accuracy: Mapping[str, float]) -> str:

@@ -130,7 +130,9 @@ def test_blank_and_random_teachers_differ_from_the_shipped_ones():
     }
     outputs = {}
     for kind in ("capability", "random", "blank"):
-        teacher = prepare_teachers(arms[kind], tokenizer, Clock())["planning"].eval()
+        teacher = prepare_teachers(arms[kind], tokenizer, torch.zeros(1, 3, 48, 168), Clock())[
+            "planning"
+        ]
         with torch.no_grad():
             outputs[kind] = teacher(**batch).logits
             unseen = teacher(**{**batch, "pixel_values": 2 * batch["pixel_values"]}).logits
