@@ -47,8 +47,8 @@ NOTES = (
     "distillation raises the plateau; with all frames it only speeds training up.",
     "The three capability teachers start from one jointly trained model; the time it took to train "
     "them is not counted in any arm.",
-    "A blank image is the empty road. An answer whose letter and words contradict each other counts "
-    "as wrong.",
+    "A blank image is the empty road. An answer whose letter and words contradict each other is "
+    "wrong.",
     "CPU seconds are processor time of one thread, evaluation left out, with the teachers running "
     "live in every step; two arms share the machine.",
 )
