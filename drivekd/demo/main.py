@@ -43,8 +43,11 @@ NOTES = (
     "The world is a cartoon: flat bird's-eye pictures of a straight simulated highway, in which a "
     "vehicle's colour and trail give its relative speed away, and the ego vehicle always drives at "
     "16 m/s. A model that answers well reads pixels; nothing here says that it can drive.",
-    "The teachers saw all training frames, the students a fixed random 15 % of them. That is where "
-    "distillation raises the plateau; with all frames it only speeds training up.",
+    "The teachers saw all training frames, the students a fixed random 15 % of them: what students "
+    "gain from teachers, they gain there. With all frames distillation has only been seen to speed "
+    "training up; that is not run here.",
+    "Arms are compared at equal steps. Whether a gain is more than a head start, only the row of "
+    "longer CE training tells (with --full); the table of CPU seconds says what each arm cost.",
     "The three capability teachers start from one jointly trained model; the time it took to train "
     "them is not counted in any arm.",
     "A blank image is the empty road. An answer whose letter and words contradict each other is "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from drivekd.ops import dispatch
 from drivekd.ops.gradient_layout import aligned
+from drivekd.ops.native_backend import gradient as _native_backend  # noqa: F401  (registers)
 from drivekd.ops.torch_backend import gradient as _torch_backend  # noqa: F401  (registers)
 
 torch.library.define(
@@ -90,7 +91,8 @@ def _gradient_gram(
     backend: str,
 ) -> Tensor:
     dense = list(grads)
-    for begin, end in pairwise(offsets):
+    strided = not all(grad.is_contiguous() for grad in grads)
+    for begin, end in pairwise(offsets) if strided else ():
         if not aligned(grads[begin:end]):
             dense[begin:end] = [grad.contiguous() for grad in grads[begin:end]]
     implementation = dispatch.get("gradient_gram", backend)
@@ -109,7 +111,8 @@ def _combine_gradients(
     backend: str,
 ) -> None:
     dense, dense_out, staged = list(grads), list(out), []
-    for tensor, (begin, end) in enumerate(pairwise(offsets)):
+    strided = not all(tensor.is_contiguous() for tensor in (*grads, *out))
+    for tensor, (begin, end) in enumerate(pairwise(offsets) if strided else ()):
         if aligned([out[tensor], *grads[begin:end]]):
             continue
         dense[begin:end] = [grad.contiguous() for grad in grads[begin:end]]

@@ -14,11 +14,12 @@ from torch import Tensor
 from drivekd.ops.dispatch import register
 from drivekd.ops.gradient_layout import Pattern, as_flat, patterns
 
-# Elements of a chunk: 0.5 MB of float64 per task on a CPU, enough to fill an accelerator.
-_CHUNK_CPU = 1 << 16
+# Elements of a chunk: on a CPU, few enough for torch to copy them in one thread (waking others costs
+# more, much more on a busy machine); elsewhere, enough to fill an accelerator.
+_CHUNK_CPU = 1 << 15
 _CHUNK_ACCELERATOR = 1 << 20
-# A chunk's Gram is a batch of products over so many columns each, summed afterwards: one single
-# (K, chunk) x (chunk, K) product has too little output to occupy an accelerator.
+# On an accelerator a chunk's Gram is a batch of products over so many columns each: one single
+# (K, chunk) x (chunk, K) product has too little output to occupy it.
 _BLOCK = 1 << 12
 
 
@@ -48,8 +49,7 @@ def gradient_gram(
         present = len(pattern.tasks)
         gram = torch.zeros(present, present, dtype=torch.float64, device=device)
         for columns, _ in _float64_chunks(grads, offsets, pattern):
-            blocks = columns.view(len(columns), -1, _BLOCK).transpose(0, 1)
-            gram += torch.bmm(blocks, blocks.mT).sum(0)
+            gram += _gram(columns)
         for i, task in enumerate(pattern.tasks):
             for j, other in enumerate(pattern.tasks):
                 values[pattern.row, task, other] = gram[i, j]
@@ -76,6 +76,18 @@ def combine_gradients(
                 target = flat_out[piece.tensor][piece.start : piece.stop]
                 update = total[piece.column : piece.column + piece.stop - piece.start]
                 target.copy_(update + target if accumulate else update)
+
+
+def _gram(columns: Tensor) -> Tensor:
+    """(K, K) inner products of the rows of (K, columns)."""
+    if columns.device.type == "cpu":
+        return torch.stack([columns @ row for row in columns])
+    return _gram_in_blocks(columns)
+
+
+def _gram_in_blocks(columns: Tensor) -> Tensor:
+    blocks = columns.view(len(columns), -1, _BLOCK).transpose(0, 1)
+    return torch.bmm(blocks, blocks.mT).sum(0)
 
 
 def _float64_chunks(

@@ -1,0 +1,1 @@
+"""The compiled CPU backend: `drivekd._C`, built from csrc/."""
