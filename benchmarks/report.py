@@ -33,7 +33,8 @@ def demo_section() -> str:
             for table in (accuracy_table(study), difference_table(study), compute_table(study))
         ),
     ]
-    return "\n\n".join(parts).replace("\n\n- ", "\n- ")
+    page = "\n\n".join(parts).replace("\n\n- ", "\n- ")
+    return re.sub(r"^## ", "### ", page, flags=re.MULTILINE)
 
 
 SECTIONS = {"demo": demo_section}

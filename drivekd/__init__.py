@@ -1,4 +1,4 @@
-"""Distil driving vision-language models through their attention maps, without materialising attention."""
+"""Distil driving vision-language models through attention maps that are never materialised."""
 
 from drivekd import functional
 from drivekd.capture import capture_attention

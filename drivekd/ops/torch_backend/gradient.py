@@ -14,8 +14,8 @@ from torch import Tensor
 from drivekd.ops.dispatch import register
 from drivekd.ops.gradient_layout import Pattern, as_flat, patterns
 
-# Elements of a chunk: on a CPU, few enough for torch to copy them in one thread (waking others costs
-# more, much more on a busy machine); elsewhere, enough to fill an accelerator.
+# Elements of a chunk: on a CPU, few enough for torch to copy them in one thread (waking others
+# costs more, much more on a busy machine); elsewhere, enough to fill an accelerator.
 _CHUNK_CPU = 1 << 15
 _CHUNK_ACCELERATOR = 1 << 20
 # On an accelerator a chunk's Gram is a batch of products over so many columns each: one single
