@@ -15,6 +15,7 @@ from drivekd.ops.dispatch import BackendName, resolve
 from drivekd.ops.gradient_layout import promoted_dtype
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 TaskGradients = Sequence[Sequence[Tensor | None]]
 
@@ -238,30 +239,49 @@ def _check_task_grads(task_grads: TaskGradients) -> _FlatGradients:
             )
     flat = _FlatGradients(len(task_grads), [], [], [], [0], [], (), len(task_grads[0]))
     rows: dict[tuple[int, ...], int] = {}
+    everybody = tuple(range(len(task_grads)))
     for position, entries in enumerate(zip(*task_grads, strict=True)):
-        present = tuple(task for task, grad in enumerate(entries) if grad is not None)
+        present = tuple(task for task in everybody if entries[task] is not None)
         if not present:
             continue
+        first = entries[present[0]]
+        device = flat.grads[0].device if flat.grads else getattr(first, "device", None)
+        shape = getattr(first, "shape", None)
         for task in present:
-            name = f"task_grads[{task}][{position}]"
-            grad = _require_plain_tensor(name, entries[task])
-            first = entries[present[0]]
-            if grad.shape != first.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(grad.shape)} but task_grads[{present[0]}][{position}]"
-                    f" has {tuple(first.shape)}; the gradients of one tensor share its shape"
-                )
+            grad = entries[task]
+            if (
+                type(grad) not in _PLAIN_TYPES
+                or grad.dtype not in _DTYPES
+                or grad.layout is not torch.strided
+                or grad.shape != shape
+                or grad.device != device
+            ):
+                _explain_gradient(task_grads, task, position, present[0], device)
             flat.grads.append(grad.detach() if grad.requires_grad else grad)
-            if grad.device != flat.grads[0].device:
-                raise ValueError(
-                    f"{name} is on {grad.device} but earlier gradients are on "
-                    f"{flat.grads[0].device}; call once per device"
-                )
         flat.positions.append(position)
         flat.tasks.extend(present)
         flat.offsets.append(len(flat.grads))
         flat.rows.append(rows.setdefault(present, len(rows)))
     return replace(flat, patterns=tuple(rows))
+
+
+def _explain_gradient(
+    task_grads: TaskGradients, task: int, position: int, first: int, device: torch.device | None
+) -> None:
+    """Raise what is wrong with a gradient, if anything is: its type may be a legal subclass."""
+    name, first_name = f"task_grads[{task}][{position}]", f"task_grads[{first}][{position}]"
+    grad = _require_plain_tensor(name, task_grads[task][position])
+    shape = _require_plain_tensor(first_name, task_grads[first][position]).shape
+    if grad.shape != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(grad.shape)} but {first_name} has {tuple(shape)}; the "
+            "gradients of one tensor share its shape"
+        )
+    if grad.device != device:
+        raise ValueError(
+            f"{name} is on {grad.device} but earlier gradients are on {device}; call once per "
+            "device"
+        )
 
 
 def _check_weights(weights: Tensor, flat: _FlatGradients) -> Tensor:
@@ -293,22 +313,25 @@ def _check_out(out: Sequence[Tensor | None] | None, flat: _FlatGradients) -> lis
             f"out has {len(out)} entries but the lists of task_grads have {flat.num_tensors}"
         )
     for position, target in enumerate(out):
-        if target is not None:
+        if target is not None and (
+            type(target) not in _PLAIN_TYPES
+            or target.dtype not in _DTYPES
+            or target.layout is not torch.strided
+        ):
             _require_plain_tensor(f"out[{position}]", target)
     for tensor, position in enumerate(flat.positions):
         target = out[position]
         if target is None:
             continue
         own = flat.gradients_of(tensor)
-        found = (tuple(target.shape), target.dtype, target.device)
-        wanted = (tuple(own[0].shape), promoted_dtype(own), own[0].device)
-        for what, came, want in zip(("shape", "dtype", "device"), found, wanted, strict=True):
-            if came != want:
-                raise ValueError(
-                    f"out[{position}] has {what} {came} but the gradients of that tensor have "
-                    f"{want}; give one like them, or None for a new one"
-                )
-        if _overlaps_itself(target):
+        dtype, shape, device = promoted_dtype(own), own[0].shape, own[0].device
+        if target.shape != shape or target.dtype != dtype or target.device != device:
+            raise ValueError(
+                f"out[{position}] has shape {tuple(target.shape)}, dtype {target.dtype} and device "
+                f"{target.device} but the gradients of that tensor have {tuple(shape)}, {dtype} "
+                f"and {device}; give one like them, or None for a new one"
+            )
+        if not target.is_contiguous() and _overlaps_itself(target):
             raise ValueError(
                 f"out[{position}] overlaps itself (strides {target.stride()}); give a tensor "
                 "whose elements have memory of their own"
