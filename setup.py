@@ -102,8 +102,8 @@ def extension_arguments():
     """Arguments of setup() that build the extension."""
     if build_mode() == "0":
         raise BuildImpossibleError("DRIVEKD_BUILD is 0")
-    torch = find_torch()
     check_compiler()
+    torch = find_torch()
     from torch.utils import cpp_extension
 
     say(f"building drivekd._C against torch {torch.__version__}")

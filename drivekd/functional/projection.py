@@ -74,7 +74,8 @@ def agp_weights(
 
     Example:
         >>> import torch
-        >>> from drivekd.functional import agp_weights, gradient_gram
+        >>> from drivekd import agp_weights
+        >>> from drivekd.functional import gradient_gram
         >>> ce, perception = [torch.tensor([1.0, 0.0])], [torch.tensor([-1.0, 1.0])]
         >>> agp_weights(gradient_gram([ce, perception]))
         tensor([2., 1.], dtype=torch.float64)
