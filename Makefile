@@ -1,9 +1,10 @@
 # `make demo` and `make test` do all their own set-up in .venv; nothing else is needed than python >= 3.11.
-# PYTHON=... picks the interpreter, VENV=... the environment, TORCH=... what to ask pip for.
+# PYTHON=... picks the interpreter, VENV=... the environment, TORCH=... and HF=... what to ask pip for.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+HF ?= transformers==5.17.0
 BIN := $(VENV)/bin
 EXTRAS := demo,test
 
@@ -42,7 +43,7 @@ $(VENV)/.torch: Makefile
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/core/*)
 	@echo "drivekd: installing drivekd[$(EXTRAS)] and building its extension (once)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[$(EXTRAS)]" "$(HF)"
 	@$(BIN)/python -m drivekd doctor --build
 	@touch $@
 
