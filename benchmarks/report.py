@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from drivekd.demo.settings import FULL_ARMS
 from drivekd.study.report import load_study
 from drivekd.study.tables import accuracy_table, compute_table, difference_table, to_markdown
 
@@ -23,7 +24,11 @@ def demo_section() -> str:
     """Tables of the committed demo report, with what to know before believing them."""
     study = load_study(ROOT / DEMO)
     seeds = sorted({run.seed for run in study.runs})
-    made = f"`drivekd demo --full`, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+    made = f"`drivekd demo --full`, up to {len(seeds)} seeds an arm"
+    run = {arm.name for arm in study.arms}
+    missing = [f"{arm.label} (`{arm.name}`)" for arm in FULL_ARMS if arm.name not in run]
+    if missing:
+        made += f" (not run yet: {', '.join(missing)})"
     parts = [
         f"Made by {made}; the whole report with curves, conflicts and attention overlays is "
         f"[{DEMO}/report.md]({DEMO}/report.md).",
