@@ -109,6 +109,9 @@ int64_t limit_isa(int64_t limit) {
   return drivekd_current_isa();
 }
 
+// The one in use, as above.
+int64_t cpu_isa() { return drivekd_current_isa(); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(drivekd_native, m) {
@@ -119,6 +122,7 @@ STABLE_TORCH_LIBRARY(drivekd_native, m) {
       "combine(Tensor(a!)[] out, Tensor[] grads, int[] tasks, int[] offsets, int[] rows, "
       "Tensor weights, bool accumulate) -> ()");
   m.def("limit_isa(int limit) -> int");
+  m.def("cpu_isa() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(drivekd_native, CPU, m) {
@@ -128,6 +132,7 @@ STABLE_TORCH_LIBRARY_IMPL(drivekd_native, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(drivekd_native, CompositeExplicitAutograd, m) {
   m.impl("limit_isa", TORCH_BOX(&limit_isa));
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
 }
 
 // A module without contents: importing it runs the registrations above.

@@ -174,9 +174,6 @@ def _extension() -> dict[str, str | None]:
     return {"path": path, "isa": None if reason else _isa(), "reason": reason}
 
 
-def _isa() -> str | None:
-    """The instruction set that the extension's CPU kernels chose, where it tells."""
-    if not hasattr(torch.ops.drivekd_native, "cpu_isa"):
-        return None
-    level = torch.ops.drivekd_native.cpu_isa()
-    return _ISA_NAMES.get(level, str(level))
+def _isa() -> str:
+    """The instruction set that the extension's CPU kernels chose."""
+    return _ISA_NAMES[torch.ops.drivekd_native.cpu_isa()]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 SHARE, LOGIT_SHARE = 0.2, 0.5
+LONG = 10 / 3  # times the steps: 2,000
 CAPABILITIES = ("perception", "reasoning", "planning")
 
 
@@ -101,7 +102,17 @@ FULL_ARMS = (
         "ce-long",
         "CE, 3.3x the steps",
         "cross-entropy alone, 3.3 times as long",
-        steps_factor=10 / 3,
+        steps_factor=LONG,
+    ),
+    ArmSpec(
+        "multi+agp-long",
+        "three teachers, AGP, 3.3x the steps",
+        "multi+agp, 3.3 times as long",
+        CAPABILITIES,
+        "agp",
+        "capability",
+        share=SHARE,
+        steps_factor=LONG,
     ),
     ArmSpec(
         "logit-kl",
@@ -135,6 +146,7 @@ FULL_ARMS = (
 COMPARISONS = (
     ("multi+agp", "multi"),
     ("multi+agp", "ce-long"),
+    ("multi+agp-long", "ce-long"),
     ("multi+agp", "logit-kl"),
     ("multi+agp", "random-teacher"),
     ("multi+agp", "blank-teacher"),

@@ -67,7 +67,7 @@ def test_an_extension_that_is_not_built_says_so(monkeypatch):
     assert format_build(diagnosis) == "drivekd: compiled extension not in use: no native, build it"
 
 
-@pytest.mark.parametrize(("level", "shown"), [(2, "AVX-512"), (1, "AVX2"), ("neon", "neon")])
+@pytest.mark.parametrize(("level", "shown"), [(2, "AVX-512"), (1, "AVX2"), (0, "generic")])
 def test_a_built_extension_shows_its_file_and_instruction_set(monkeypatch, level, shown):
     monkeypatch.setattr(dispatch, "unavailable_reason", lambda backend: None)
     spec = SimpleNamespace(origin="somewhere/_C.so")

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from drivekd.doctor import diagnose
 from drivekd.functional.gradient import combine_gradients, gradient_gram
 from drivekd.ops.dispatch import resolve, unavailable_reason
 from drivekd.reference import agp as reference
@@ -35,6 +36,11 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def test_the_doctor_names_the_instruction_set_in_use(isa):
+    name = {"base": "generic", "avx2": "AVX2", "avx512": "AVX-512"}[isa]
+    assert diagnose().extension["isa"] == name
 
 
 def test_auto_picks_it_on_the_cpu(monkeypatch):
