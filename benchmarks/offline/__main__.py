@@ -1,0 +1,57 @@
+"""`python -m benchmarks.offline`: see benchmarks/README.md."""
+
+import argparse
+import sys
+
+import torch
+
+from benchmarks.offline import sweep
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.offline", description=__doc__)
+    parser.add_argument("--arch", type=int, default=90, choices=(80, 90, 100))
+    parser.add_argument("--loss", default="mse", choices=("mse", "cosine", "kl"))
+    parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
+    group = parser.add_argument_group("sweep")
+    group.add_argument("--sweep", nargs=2, metavar=("PASS", "D"), help="rank tiles of one pass")
+    group.add_argument("--tiles", help="candidates, e.g. 64x128w4s3,64x64w4s2p2")
+    group.add_argument("--heads", help="query and key heads, e.g. 14,2")
+    group.add_argument("--tokens", type=int, default=8192)
+    group.add_argument("--vision", type=int, default=0, help="vision keys; 0: the full map")
+    chosen = parser.parse_args(arguments)
+    if not chosen.sweep:
+        parser.error("nothing to do: give --sweep PASS D")
+    return _sweep(chosen)
+
+
+def _sweep(chosen: argparse.Namespace) -> int:
+    name, head_dim = chosen.sweep[0], int(chosen.sweep[1])
+    heads = tuple(int(each) for each in chosen.heads.split(",")) if chosen.heads else None
+    rows = []
+    print(sweep.sweep_header())
+    for each in sweep.sweep(
+        name,
+        head_dim,
+        tiles=sweep.parse_tiles(chosen.tiles) if chosen.tiles else None,
+        arch=chosen.arch,
+        num_tokens=chosen.tokens,
+        num_vision=chosen.vision,
+        loss=chosen.loss,
+        dtype=DTYPES[chosen.dtype],
+        heads=heads,
+    ):
+        rows.append(each)
+        print(sweep.sweep_row(each), flush=True)
+    print(
+        f"\nranked: no spills first, then predicted ms of {chosen.tokens} tokens, sm_{chosen.arch}"
+    )
+    for each in sorted(rows, key=lambda row: (row.compiled is None or row.compiled.stack, row.ms)):
+        print(sweep.sweep_row(each))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""Launches compiled for an architecture that is not here: resources and instruction mix.
+
+The *main* loop is the one that walks over tiles seen whole, the *masked* one over those on the
+diagonal or the edge. Both are innermost loops with matrix products (fp32: with exp2). The kernels'
+source gives them the same products and the same exp2 and only the masked one compares positions and
+selects, so: of the candidates, main has the fewest compares and selects per exp2, masked the most.
+map and mse mask once, behind the loop over heads: they have one such loop, which is both.
+"""
+
+import functools
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks.offline import sass
+from benchmarks.offline.record import Launch
+
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a multiprocessor holds; the same on sm_80, sm_90 and sm_100 but for shared memory."""
+
+    shared_per_sm: int
+    shared_per_program: int
+    reserved: int = 1024  # bytes of shared memory that the driver takes per program
+    registers: int = 65536
+    warps: int = 64
+    programs: int = 32
+    tensor_columns: int = 512  # of sm_100's tensor memory
+
+
+LIMITS = {
+    80: Limits(164 * 1024, 163 * 1024),
+    90: Limits(228 * 1024, 227 * 1024),
+    100: Limits(228 * 1024, 227 * 1024),
+}
+
+PRODUCTS = {"lse": 1, "map": 1, "mse": 1, "delta": 1, "dq": 2, "dk": 2}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One binary of one kernel.
+
+    Attributes:
+        name: pass.
+        arch: 80, 90 or 100.
+        block_q, block_k, block_d: of its tile.
+        warps: of a program.
+        registers: of a thread.
+        stack: bytes of a thread in local memory: spills.
+        shared: bytes of a program.
+        tensor_columns: of tensor memory (sm_100).
+        code: all of its loops.
+        main: loop over tiles seen whole, None for kernels without one (row losses).
+        masked: loop over the other tiles; may be `main`.
+        products: matrix products per tile in the kernel's source.
+    """
+
+    name: str
+    arch: int
+    block_q: int
+    block_k: int
+    block_d: int
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    tensor_columns: int
+    code: sass.Code
+    main: sass.Loop | None
+    masked: sass.Loop | None
+    products: int
+
+    @property
+    def resident(self) -> int:
+        """Programs that one multiprocessor holds at once; 0 if not even one fits."""
+        limits = LIMITS[self.arch]
+        per_warp = -(-self.registers * 32 // 256) * 256
+        warps = 4 * (limits.registers // 4 // per_warp)  # each quarter has registers of its own
+        shared = self.shared + limits.reserved
+        fits = [warps // self.warps, limits.warps // self.warps, limits.programs]
+        fits.append(limits.shared_per_sm // shared)
+        if self.tensor_columns:
+            fits.append(limits.tensor_columns // self.tensor_columns)
+        return min(fits)
+
+    @property
+    def elements(self) -> float:
+        """Elements of a tile per thread."""
+        return self.block_q * self.block_k / (32 * self.warps)
+
+    def tiles_in(self, loop: sass.Loop) -> float:
+        """Tiles (of one head) that one trip of a loop works on, from its matrix products.
+
+        tcgen05 tells only their number: one for 16 of the contracted dimension. fp32 has FFMA.
+        """
+        if loop.mix.macs:
+            macs = loop.mix.macs * self.warps / loop.mix.macs_warps
+            return macs / (self.products * self.block_q * self.block_k * self.block_d)
+        if loop.mix.counts["MMA"]:
+            contracted = self.block_q if self.name == "dk" else self.block_k
+            wanted = self.block_d // 16 + (self.products - 1) * contracted // 16
+            return max(1, round(loop.mix.counts["MMA"] / wanted))
+        wanted = self.products * self.block_d * self.elements
+        return max(1, round(loop.mix.counts["FFMA"] / wanted))
+
+    def per_element(self, kind: str, loop: sass.Loop | None = None) -> float:
+        """Instructions of a kind (or "total") per element and head in a loop, by default main."""
+        loop = loop or self.main
+        if loop is None:
+            return float("nan")
+        count = loop.mix.total if kind == "total" else loop.mix.counts[kind]
+        return count / (self.tiles_in(loop) * self.elements)
+
+
+def products(launch: Launch) -> int:
+    """Matrix products per tile in the source."""
+    return PRODUCTS.get(launch.name, 0) + bool(launch.values.get("ONE_PASS"))
+
+
+_compiled: dict[tuple, Compiled] = {}
+
+
+def compile_launch(launch: Launch, arch: int) -> Compiled:
+    """The binary that a launch would run on an architecture; each is compiled once."""
+    key = (launch.key, arch)
+    if key not in _compiled:
+        _compiled[key] = _compile(launch, arch)
+    return _compiled[key]
+
+
+def _compile(launch: Launch, arch: int) -> Compiled:
+    types, constants, attributes = launch.signature
+    source = ASTSource(launch.kernel, types, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", arch, 32)
+    binary = triton.compile(source, target=target, options=dict(launch.options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        code = sass.read(_cuobjdump("--dump-sass", file.name))
+    main, masked = _find_loops(code)
+    values = launch.values
+    return Compiled(
+        name=launch.name,
+        arch=arch,
+        block_q=values["BLOCK_Q"],
+        block_k=values["BLOCK_K"],
+        block_d=values.get("BLOCK_D", 0),
+        warps=launch.warps,
+        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        stack=int(re.search(r"STACK:(\d+)", usage).group(1)),
+        shared=binary.metadata.shared,
+        tensor_columns=getattr(binary.metadata, "tmem_size", None) or 0,
+        code=code,
+        main=main if launch.name in PRODUCTS else None,
+        masked=masked if launch.name in PRODUCTS else None,
+        products=products(launch),
+    )
+
+
+def _find_loops(code: sass.Code) -> tuple[sass.Loop | None, sass.Loop | None]:
+    able = [each for each in code.loops if each.mix.counts["EX2"]]
+    able = [each for each in able if each.mix.counts["MMA"]] or able
+    # Loops that wait for a barrier (sm_100) may be inside and are none of these.
+    inner = [each for each in able if not any(other.blocks < each.blocks for other in able)]
+
+    def selects(loop: sass.Loop) -> float:
+        return loop.mix.counts["SELECT"] / loop.mix.counts["EX2"]
+
+    if not inner:
+        return None, None
+    return min(inner, key=selects), max(inner, key=selects)
+
+
+@functools.cache
+def _tool() -> str:
+    path = _BIN / "cuobjdump"
+    if not path.exists():
+        raise FileNotFoundError(f"this triton package has no {path.name}; install triton from PyPI")
+    return str(path)
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    done = subprocess.run([_tool(), option, path], capture_output=True, text=True, check=True)
+    return done.stdout

@@ -1,0 +1,289 @@
+"""Predicted time of a launch. Nothing here was timed on a GPU.
+
+A program's work is counted, not estimated: tiles that it visits (geometry.py) times what the
+compiled loop issues per tile (compiled.py), plus what is outside of loops. From it, per program,
+clocks of a multiprocessor's pipes:
+
+    MMA      multiply-adds of the matrix instructions at MMA_TFLOPS (TF32: half)
+    EX2      32 x warps per instruction, 16 a clock
+    issue    warps per instruction, 4 a clock
+    L2       bytes of every tile of q, k, W, maps that the source loads or stores, at l2_tbps / SMs
+
+Overlap: one program alone runs its products and its other instructions one after the other, MMA +
+max(EX2, issue); r programs on one multiprocessor share the pipes. So a program that is one of r
+takes START_CLOCKS + max(r x largest pipe, MMA + max(EX2, issue), L2): with r = 1 the sum, from
+r = 2 on the larger. r is what registers, shared memory and warps allow, and no more than there are
+live programs per multiprocessor. Programs are given in their order to the slot that is free first
+(SMs x r slots): the last one to end is the launch's time, never less than its HBM bytes take. HBM
+bytes are compulsory: q, k, results once per launch; workspaces only if a chunk's do not fit in L2.
+Every launch costs LAUNCH_US more (eager, or in a CUDA graph).
+
+The floor of a pass is the larger of MMA and EX2 for the cells that must be visited (kl's map: also
+its 9 float instructions at 4 x 32 lanes; it has no shorter form in the source; row losses: every
+map read once, W written once, at L2 bandwidth).
+"""
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.offline.compiled import Compiled
+from benchmarks.offline.geometry import Work
+from benchmarks.offline.record import Launch
+
+CLOCK_GHZ = 1.755  # under load; nominal is 1.98. One clock for everything here.
+START_CLOCKS = 1000  # assumed: a chain of dependent loads before a program's first product
+LAUNCH_US = {"eager": 3.0, "graph": 1.5}  # assumed
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU.
+
+    Attributes:
+        name: of the product.
+        sms: multiprocessors.
+        mma_tflops: 16-bit matrix products, as measured for a large one or 788/989 of the sheet.
+        l2_tbps: assumed, measure first.
+        hbm_tbps: of a copy.
+        l2_bytes: capacity that workspaces may count on.
+        exp2_per_clock: of a multiprocessor.
+    """
+
+    name: str
+    sms: int
+    mma_tflops: float
+    l2_tbps: float
+    hbm_tbps: float
+    l2_bytes: int
+    exp2_per_clock: int = 16
+
+
+# Only the H200's products and copies were measured (by others, DESIGN of the project); the other
+# rows are data sheets times the same shares, L2 bandwidths are guesses throughout.
+DEVICES = {
+    80: Device("A100", 108, 312 * 788 / 989, 4.0, 1.8, 40 * 2**20),
+    90: Device("H200", 132, 788.0, 5.5, 4.3, 60 * 2**20),
+    100: Device("B200", 148, 2250 * 788 / 989, 8.0, 7.0, 126 * 2**20),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one launch; times in milliseconds, without the launch itself."""
+
+    ms: float
+    bound: str
+    floor_ms: float
+    cells: int
+    visible: int
+    l2_bytes: float
+    hbm_bytes: float
+
+
+def exp2_needed(launch: Launch) -> tuple[float, float]:
+    """exp2 per element and head in the main loop, as the source has it: at least, at most.
+
+    One everywhere but: lse rescales each row once a tile (counted per thread that holds a part of
+    the row: at most one for four elements); dq of logarithms makes P_h beside R; dk of logarithms
+    makes P once a tile outside the loop over heads.
+    """
+    if launch.name == "lse":
+        return 1.0, 1.25
+    if launch.name == "dq" and launch.values["log_ptr"] is not None:
+        return 2.0, 2.0
+    return 1.0, 1.0
+
+
+def predict(
+    launch: Launch, compiled: Compiled, work: Work, *, workspace_in_l2: bool, region: float = 1.0
+) -> Prediction:
+    """Time of one launch on the GPU of its architecture.
+
+    Args:
+        launch: what is launched.
+        compiled: its binary.
+        work: tiles of its programs.
+        workspace_in_l2: whether a chunk's maps and W stay in L2.
+        region: share of the keys that belong to the region: W is read for these only.
+    """
+    device = DEVICES[compiled.arch]
+    clock = CLOCK_GHZ * 1e9
+    mma, exp2, issue = _pipes(compiled, work, device)
+    traffic = _l2_bytes(launch, work, region)
+    l2 = traffic / (device.l2_tbps * 1e12 / device.sms / clock)
+    serial = mma + np.maximum(exp2, issue)
+    largest = np.maximum.reduce([mma, exp2, issue, l2])
+    live = max(1, int(work.live.sum()))
+    resident = min(compiled.resident, -(-live // device.sms))
+    if resident == 0:
+        raise ValueError(f"{launch.name}: no program fits on a multiprocessor of {device.name}")
+    clocks = START_CLOCKS + np.maximum(resident * largest, np.maximum(serial, l2))
+    clocks = np.where(work.live, clocks, START_CLOCKS)
+    busy = _makespan(clocks, device.sms * resident) / clock * 1e3
+
+    maps = _map_bytes(launch, work)
+    hbm = _compulsory_bytes(launch) + (0 if workspace_in_l2 else maps)
+    hbm_ms = hbm / device.hbm_tbps / 1e9
+    totals = {"MMA": mma.sum(), "EX2": exp2.sum(), "issue": issue.sum(), "L2": l2.sum()}
+    bound = max(totals, key=lambda name: totals[name])
+    even = clocks.sum() / (device.sms * resident) / clock * 1e3
+    if serial.sum() > resident * largest.sum():
+        bound = "MMA+" + ("EX2" if totals["EX2"] > totals["issue"] else "issue")
+    if START_CLOCKS * clocks.size > 0.5 * clocks.sum():
+        bound = "start"
+    elif busy > 1.5 * even:
+        bound += ", tail"
+    if hbm_ms > busy:
+        bound = "HBM"
+    return Prediction(
+        ms=max(busy, hbm_ms),
+        bound=bound,
+        floor_ms=_floor(launch, compiled, work, device) * 1e3,
+        cells=work.cells,
+        visible=work.visible,
+        l2_bytes=float(traffic.sum()),
+        hbm_bytes=float(hbm),
+    )
+
+
+def _pipes(compiled: Compiled, work: Work, device: Device):
+    """Clocks of the MMA, EX2 and issue pipes for each program."""
+    exp2_clocks = 32 * compiled.warps / device.exp2_per_clock
+    issue_clocks = compiled.warps / 4
+    macs_a_clock = device.mma_tflops * 1e12 / 2 / device.sms / (CLOCK_GHZ * 1e9)
+    straight = compiled.code.straight
+    if compiled.main is None:  # row losses: every loop is a sweep
+        loops = [each for each in compiled.code.loops if each.mix.counts["LOAD"]]
+        total = sum(each.own.total for each in loops)
+        exp2 = sum(each.own.counts["EX2"] for each in loops)
+        issue = (work.masked * total + straight.total) * issue_clocks
+        return np.zeros_like(issue), work.masked * exp2 * exp2_clocks, issue
+    mma = np.zeros(work.whole.shape)
+    exp2 = np.full(work.whole.shape, straight.counts["EX2"] * exp2_clocks)
+    issue = np.full(work.whole.shape, straight.total * issue_clocks)
+    for loop, tiles, outer in (
+        (compiled.main, work.whole, work.whole_outer),
+        (compiled.masked, work.masked, work.masked_outer),
+    ):
+        trips = tiles / compiled.tiles_in(loop)
+        mma += tiles * _macs(compiled, loop) / macs_a_clock
+        exp2 += trips * loop.mix.counts["EX2"] * exp2_clocks
+        issue += trips * loop.mix.total * issue_clocks
+        around = compiled.code.parent(loop)
+        if around is not None:
+            exp2 += outer * around.own.counts["EX2"] * exp2_clocks
+            issue += outer * around.own.total * issue_clocks
+    return mma, exp2, issue
+
+
+def _macs(compiled: Compiled, loop) -> float:
+    """Multiply-adds of matrix instructions for one tile, those of half rate twice."""
+    if not loop.mix.counts["MMA"]:
+        return 0.0
+    one = compiled.products * compiled.block_q * compiled.block_k * compiled.block_d
+    share = loop.mix.half_rate / loop.mix.macs if loop.mix.macs else 0.0
+    return one * (1 + share)
+
+
+def _l2_bytes(launch: Launch, work: Work, region: float):
+    """Bytes that each program loads and stores."""
+    values = launch.values
+    q, k, d = values["BLOCK_Q"], values["BLOCK_K"], values.get("BLOCK_D", 0)
+    tiles = work.whole + work.masked
+    outer = work.whole_outer + work.masked_outer
+    if launch.name in ("cosine", "kl"):
+        maps = 1 + _members(launch)
+        sweeps = 3 if launch.name == "cosine" and values["w_ptr"] is not None else 2
+        w = values["w_ptr"].element_size() if values["w_ptr"] is not None else 0
+        return tiles * (q * k * region * (4 * maps * sweeps + w))
+    size = values["q_ptr"].element_size()
+    if launch.name == "lse":
+        return work.live * (q * d * size + 4 * q) + tiles * (k * d * size)
+    if launch.name in ("map", "mse"):
+        cell = 4 if launch.name == "map" else 4 * _members(launch) + _w_size(launch)
+        inner = q * d * size + 4 * q
+        return tiles * inner + outer * (k * d * size) + work.live * (q * k * cell)
+    cells = q * k * region * (_w_size(launch) + (4 if values["log_ptr"] is not None else 0))
+    if launch.name == "dk":
+        inner = q * d * size + 8 * q
+        return tiles * inner + outer * cells + work.live * (k * d * (size + 8))
+    fixed = q * d * (size + (4 if launch.name == "dq" else 0))
+    return work.live * fixed + tiles * (k * d * size + cells)
+
+
+def _map_bytes(launch: Launch, work: Work) -> float:
+    """Bytes of the workspaces' cells that a launch touches, each once a sweep."""
+    heads = launch.values.get("H", 1)
+    cells = work.cells / heads
+    if launch.name == "lse":
+        return 0.0
+    if launch.name == "map":
+        return cells * 4
+    if launch.name == "mse":
+        return cells * (4 * _members(launch) + _w_size(launch))
+    if launch.name in ("cosine", "kl"):
+        sweeps = 3 if launch.name == "cosine" else 2
+        return cells * (4 * (1 + _members(launch)) * sweeps + _w_size(launch))
+    return cells * (_w_size(launch) + (4 if launch.values["log_ptr"] is not None else 0))
+
+
+def workspace_bytes(launch: Launch, work: Work) -> float:
+    """What a chunk's maps and W take, of the cells that are touched; from its mse or row loss."""
+    if launch.name not in ("mse", "cosine", "kl"):
+        return 0.0
+    cells = work.cells / launch.values.get("H", 1)
+    own = 4 if launch.name != "mse" else 0
+    return cells * (own + 4 * _members(launch) + _w_size(launch))
+
+
+def _members(launch: Launch) -> int:
+    return (launch.values["members"].bit_count() + launch.values["more_members"].bit_count()) or 1
+
+
+def _w_size(launch: Launch) -> int:
+    w = launch.values["w_ptr"]
+    return 0 if w is None else w.element_size()
+
+
+def _compulsory_bytes(launch: Launch) -> float:
+    """q and k of the launch's rows and keys read once, results in q and k written once."""
+    values = launch.values
+    if "q_ptr" not in values:
+        return 0.0
+    q, k = values["q_ptr"], values["k_ptr"]
+    rows = min(values.get("num_slots", q.shape[2]), q.shape[2])
+    total = q.shape[0] * q.shape[1] * rows * (q.shape[3] * q.element_size() + 4)
+    total += k.numel() * k.element_size()
+    if launch.name == "dq":
+        total += q.shape[0] * q.shape[1] * rows * q.shape[3] * 4
+    if launch.name == "dk":
+        total += 2 * values["planes_ptr"].numel() * 4
+    return float(total)
+
+
+def _floor(launch: Launch, compiled: Compiled, work: Work, device: Device) -> float:
+    """Seconds below which the pass cannot come, see the module."""
+    clock = CLOCK_GHZ * 1e9
+    if compiled.main is None:
+        cells = work.visible * (4 * (1 + _members(launch)) + _w_size(launch))
+        return cells / (device.l2_tbps * 1e12)
+    D = launch.values["D"]
+    mma = compiled.products * 2 * D / (device.mma_tflops * 1e12)
+    if launch.values["q_ptr"].element_size() == 4:  # FFMA, 128 a clock
+        mma = compiled.products * D / (128 * device.sms * clock)
+    exp2 = exp2_needed(launch)[0] / (device.exp2_per_clock * device.sms * clock)
+    floats = 9 / (128 * device.sms * clock) if launch.values.get("LOG") else 0.0
+    return work.visible * max(mma, exp2, floats)
+
+
+def _makespan(clocks, slots: int) -> float:
+    """Programs in order, each to the slot that is free first; when the last one ends."""
+    if clocks.size <= slots:
+        return float(clocks.max())
+    free = clocks[:slots].tolist()
+    heapq.heapify(free)
+    for each in clocks[slots:].tolist():
+        heapq.heapreplace(free, free[0] + each)
+    return max(free)

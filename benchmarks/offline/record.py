@@ -1,0 +1,198 @@
+"""Which kernels a call launches: drivekd's own backend, run on tensors without data.
+
+`JITFunction.run` is replaced while the backend runs on meta tensors, so kernel names, counts,
+chunks, arguments, tiles and grids are the real ones.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from drivekd_kernels import launch as launchers
+from drivekd_kernels.launch import Tokens
+from drivekd_kernels.tuned import Tiles
+from triton.runtime.jit import JITFunction
+
+from benchmarks.shapes import Pair
+from drivekd.ops.attention_inputs import AttentionLayer, AttentionLayout, AttentionMapLossInputs
+from drivekd.ops.triton_backend import attention_map as backend
+from drivekd.ops.triton_backend.tokens import kernel_tokens
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: a kernel, its arguments by name (meta tensors), options and grid."""
+
+    kernel: JITFunction
+    values: Mapping[str, Any]
+    options: Mapping[str, Any]  # num_warps, num_stages, ...
+    grid: tuple[int, int, int]
+
+    @property
+    def name(self) -> str:
+        """Name of the pass: the kernel's without `_kernel`."""
+        return self.kernel.__name__.removesuffix("_kernel")
+
+    @property
+    def warps(self) -> int:
+        return self.options["num_warps"]
+
+    @cached_property
+    def signature(self) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
+        """Types, constants and attributes, specialised as Triton's launcher does it.
+
+        Pointers are known to be divisible by 16 if the tensor starts there (allocations do), and
+        so are integers, unless the kernel says `do_not_specialize`; then 1 is no constant either.
+        """
+        types, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(self.kernel.params):
+            name, value = parameter.name, self.values[parameter.name]
+            divisible = False
+            if parameter.is_constexpr or value is None:
+                types[name], constants[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                types[name] = POINTERS[value.dtype]
+                divisible = value.storage_offset() * value.element_size() % 16 == 0
+            elif isinstance(value, int):
+                types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                if not parameter.do_not_specialize:
+                    divisible = value % 16 == 0
+                    if value == 1:
+                        types[name], constants[name] = "constexpr", 1
+            else:
+                types[name] = "fp32"
+            if divisible:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        return types, constants, attributes
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for launches that share one binary."""
+        types, constants, attributes = self.signature
+        return (
+            self.name,
+            tuple(types.items()),
+            tuple((name, str(value)) for name, value in constants.items()),
+            tuple(attributes),
+            tuple(sorted(self.options.items())),
+        )
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Launches of the kernels that are called inside, in order; none runs."""
+    launches: list[Launch] = []
+    original = JITFunction.run
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
+        values = dict(zip(self.arg_names, args, strict=False))
+        values |= {name: options.pop(name) for name in self.arg_names if name in options}
+        for parameter in self.params:
+            if parameter.name not in values:
+                values[parameter.name] = parameter.default
+        x, y, z = (*(grid(values) if callable(grid) else grid), 1, 1)[:3]
+        launches.append(Launch(self, values, options, (int(x), int(y), int(z))))
+
+    JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+@dataclass(frozen=True)
+class Call:
+    """A recorded call, and what its tokens see (on the CPU, with data)."""
+
+    launches: list[Launch]
+    tokens: Tokens
+    pair: Pair
+
+
+def record(
+    pair: Pair, loss: str = "mse", dtype: torch.dtype = torch.bfloat16, *, lse: bool = False
+) -> Call:
+    """Loss and both gradients of one student layer against one teacher layer, causal.
+
+    Args:
+        pair: the shape; with vision tokens the region is text rows x vision keys.
+        loss: "mse", "cosine" or "kl".
+        dtype: of q and k of both models.
+        lse: whether flash forwards left their log-sum-exp.
+    """
+    meta = torch.device("meta")
+    inputs = AttentionMapLossInputs(
+        student=(_layer(pair, pair.student, dtype, lse=lse),),
+        teacher=(_layer(pair, pair.teacher, dtype, lse=lse),),
+        groups=((0,),),
+        windows=(None,),
+        layout=_layout(pair, meta),
+        loss=loss,
+        needs_dq=(True,),
+        needs_dk=(True,),
+        dtype=torch.float32,
+    )
+    with recorded() as launches:
+        backend.attention_map_loss(inputs)
+    tokens = kernel_tokens(_layout(pair, torch.device("cpu")), None, compact=True)
+    return Call(launches, tokens, pair)
+
+
+@contextlib.contextmanager
+def tiles_replaced(
+    choose: Callable[[str, int, int], Tiles | None], *, one_pass: bool | None = None
+) -> Iterator[None]:
+    """Other tile sizes than those that ship.
+
+    Args:
+        choose: (pass, bytes of an element, padded head dim) -> tiles; None: those that ship.
+        one_pass: whether dq makes delta on the way; None: as shipped.
+    """
+    shipped, shipped_one_pass = launchers.tiles, launchers.one_pass
+
+    def tiles(kernel: str, itemsize: int, block_d: int) -> Tiles:
+        chosen = choose(kernel, itemsize, block_d)
+        return shipped(kernel, itemsize, block_d) if chosen is None else chosen
+
+    launchers.tiles = tiles
+    if one_pass is not None:
+        launchers.one_pass = lambda itemsize, block_d: one_pass
+    try:
+        yield
+    finally:
+        launchers.tiles, launchers.one_pass = shipped, shipped_one_pass
+
+
+def _layer(
+    pair: Pair, heads: tuple[int, int, int], dtype: torch.dtype, *, lse: bool
+) -> AttentionLayer:
+    H, H_kv, D = heads
+    B, N = pair.num_samples, pair.num_tokens
+
+    def make(count: int) -> torch.Tensor:  # as transformers hands them over
+        return torch.empty(B, N, count, D, dtype=dtype, device="meta").transpose(1, 2)
+
+    known = torch.empty(B, H, N, dtype=torch.float32, device="meta") if lse else None
+    return AttentionLayer(make(H), make(H_kv), D**-0.5, known)
+
+
+def _layout(pair: Pair, device: torch.device) -> AttentionLayout:
+    B, N = pair.num_samples, pair.num_tokens
+    is_vision = is_text = None
+    if pair.num_vision:
+        is_vision = torch.zeros(B, N, dtype=torch.bool)
+        is_vision[:, : pair.num_vision] = True
+        is_vision = is_vision.to(device)
+        is_text = ~is_vision
+    return AttentionLayout(B, N, device, True, None, None, is_text, is_vision)
