@@ -1,5 +1,6 @@
 """Seeded inputs of the attention-map losses, their float64 twin, and how close is close."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -32,6 +33,14 @@ class Case:
 
     def but(self, **settings) -> "Case":
         return replace(self, settings={**self.settings, **settings})
+
+    def with_tokens(self, tokens: TokenLayout) -> "Case":
+        return replace(self, tokens=tokens)
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Case":
+        """The same values in another memory order."""
+        pairs = [tuple(change(each) for each in pair) for pair in (self.student, *self.teachers)]
+        return replace(self, student=pairs[0], teachers=pairs[1:])
 
 
 def make_case(
@@ -79,25 +88,32 @@ def make_case(
     return Case(pair(student), teachers, tokens, dtype, settings, weight)
 
 
-def run(case: Case, upstream: float = 1.7) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, dq and dk of the functional under test, upstream gradient not 1."""
-    q, k = (each.to(case.dtype, copy=True).requires_grad_() for each in case.student)
+def run(
+    case: Case, upstream: float = 1.7, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, dq and dk (on the CPU) of the functional under test, upstream gradient not 1."""
+    q, k = (each.to(device, case.dtype, copy=True).requires_grad_() for each in case.student)
+    weight = case.sample_weight
     loss = attention_map_loss(
         q,
         k,
-        [each.to(case.dtype) for each, _ in case.teachers],
-        [each.to(case.dtype) for _, each in case.teachers],
-        case.tokens,
-        sample_weight=case.sample_weight,
+        [each.to(device, case.dtype) for each, _ in case.teachers],
+        [each.to(device, case.dtype) for _, each in case.teachers],
+        case.tokens.to(device),
+        sample_weight=None if weight is None else weight.to(device),
         **case.settings,
     )
-    return loss, *torch.autograd.grad(upstream * loss, (q, k))
+    dq, dk = torch.autograd.grad(upstream * loss, (q, k))
+    return loss.detach().cpu(), dq.cpu(), dk.cpu()
+
+
+NOT_OF_THE_TWIN = ("backend", "lse_student", "lse_teacher")
 
 
 def run_twin(case: Case, upstream: float = 1.7) -> tuple[Tensor, Tensor, Tensor]:
     """The same from the float64 twin."""
     q, k = (each.clone().requires_grad_() for each in case.student)
-    settings = dict(case.settings)
+    settings = {name: each for name, each in case.settings.items() if name not in NOT_OF_THE_TWIN}
     inside = settings.pop("region", "full") == "text_to_vision"
     loss = reference.attention_map_loss(
         q,
@@ -129,18 +145,27 @@ ROW_FLOOR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 1e-2, tor
 
 def assert_matches_twin(case: Case) -> None:
     """Loss, gradients and every single row of them within the table's bounds."""
-    loss_bound, whole_bound, row_bound = TOLERANCES[case.dtype]
-    actual, expected = run(case), run_twin(case)
-    assert actual[0].dtype == (torch.float64 if case.dtype == torch.float64 else torch.float32)
+    assert_close(run(case), run_twin(case), case.dtype)
+
+
+def assert_close(
+    actual: tuple[Tensor, Tensor, Tensor],
+    expected: tuple[Tensor, Tensor, Tensor],
+    dtype: torch.dtype,
+    bounds: tuple[float, float, float] | None = None,
+) -> None:
+    """The same of given results; `bounds` instead of the table's."""
+    loss_bound, whole_bound, row_bound = bounds or TOLERANCES[dtype]
+    assert actual[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # What is 0 in theory may be a rounding error of terms of the size of 1.
     tiny = torch.finfo(actual[0].dtype).eps
     assert abs(actual[0].double() - expected[0]) <= loss_bound * expected[0].abs() + tiny**1.5
     for name, got, want in zip(("dq", "dk"), actual[1:], expected[1:], strict=True):
-        assert got.dtype == case.dtype
+        assert got.dtype == dtype
         assert torch.isfinite(got).all(), name
         error = (got.double() - want).norm()
         assert error <= whole_bound * want.norm() + tiny**1.5, f"{name}: {error / want.norm()}"
         rows, sizes = (got.double() - want).norm(dim=-1), want.norm(dim=-1)
-        floor = ROW_FLOOR[case.dtype] * sizes.max()
+        floor = ROW_FLOOR[dtype] * sizes.max()
         worst = (rows / (sizes + floor + tiny**1.5)).max()
         assert worst <= row_bound, f"{name}, worst row: {worst}"

@@ -1,0 +1,186 @@
+"""Attention maps and their losses through Triton kernels: what is launched, in which order.
+
+Rows are taken in chunks. Per chunk: the teachers' head-mean maps, each once, into a workspace that
+is reused as soon as no group needs it; then for each student layer its map, the loss and W, dq and
+dk. The workspaces hold a chunk of rows of single maps: nothing has a head axis and two axes of
+tokens. kernels/README.md has the maths.
+"""
+
+import os
+
+import torch
+from drivekd_kernels import launch
+from torch import Tensor
+
+from drivekd.ops.attention_inputs import AttentionLayer, AttentionLayout, AttentionMapLossInputs
+from drivekd.ops.dispatch import register
+from drivekd.ops.triton_backend.plan import Plan
+from drivekd.ops.triton_backend.tokens import kernel_tokens
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@register("attention_map", "triton", devices=_DEVICES, dtypes=_DTYPES)
+def attention_map(layer: AttentionLayer, layout: AttentionLayout, window: int | None) -> Tensor:
+    """Head-mean map (B, N, N) in float32."""
+    N = layout.num_tokens
+    tokens = kernel_tokens(layout, window, compact=False)
+    out = torch.zeros((layout.batch_size, N, N), dtype=torch.float32, device=layout.device)
+    heads = _heads(layer, tokens)
+    launch.map_tile(heads, tokens, launch.Chunk(0, N), out, log=False)
+    return out
+
+
+@register("attention_map_loss", "triton", devices=_DEVICES, dtypes=_DTYPES)
+def attention_map_loss(
+    inputs: AttentionMapLossInputs,
+) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+    """Sums over cells (mse) or rows (cosine, kl), (L, B), and their gradients in q and k."""
+    plan = Plan(inputs)
+    tokens = {
+        window: kernel_tokens(inputs.layout, window, compact=True)
+        for window in dict.fromkeys(inputs.windows)
+    }
+    teachers = {
+        (each.index, each.window): _heads(inputs.teacher[each.index], tokens[each.window])
+        for each in plan.maps
+    }
+    students = [
+        _Student(inputs, i, plan, _heads(layer, tokens[window]), tokens[window])
+        for i, (layer, window) in enumerate(zip(inputs.student, inputs.windows, strict=True))
+    ]
+    work = _Workspace(inputs, plan)
+    for number, chunk in enumerate(plan.chunks):
+        for step in plan.steps:
+            student = students[step.student]
+            for each, slot in step.new:
+                launch.map_tile(
+                    teachers[each.index, each.window],
+                    student.tokens,
+                    chunk,
+                    work.targets[slot],
+                    log=plan.in_logs,
+                )
+            student.add(number, chunk, work, launch.Group(step.members))
+    return (
+        torch.stack([student.sums() for student in students]),
+        [student.dq() for student in students],
+        [student.dk() for student in students],
+    )
+
+
+class _Workspace:
+    """Maps of one chunk, keys padded: the teachers', the student's, and its W."""
+
+    def __init__(self, inputs: AttentionMapLossInputs, plan: Plan) -> None:
+        layout = inputs.layout
+        shape = (layout.batch_size, plan.rows, launch.map_width(layout.num_tokens))
+        self._shape = shape
+        self._device = layout.device
+        self._w: dict[torch.dtype, Tensor] = {}
+        self.targets = self._empty((plan.num_slots, *shape), torch.float32)
+        self.map = self._empty(shape, torch.float32) if inputs.loss != "mse" else None
+
+    def w(self, like: Tensor) -> Tensor:
+        """Room for W: bfloat16 for bfloat16 models, else float32."""
+        dtype = torch.bfloat16 if like.dtype == torch.bfloat16 else torch.float32
+        if dtype not in self._w:
+            self._w[dtype] = self._empty(self._shape, dtype)
+        return self._w[dtype]
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
+
+class _Student:
+    """One student layer: its sums and gradients, chunk by chunk."""
+
+    def __init__(
+        self,
+        inputs: AttentionMapLossInputs,
+        index: int,
+        plan: Plan,
+        heads: launch.Heads,
+        tokens: launch.Tokens,
+    ) -> None:
+        self.tokens = tokens
+        self._heads = heads
+        self._loss = inputs.loss
+        self._in_logs = plan.in_logs
+        self._query, self._key = inputs.student[index].query, inputs.student[index].key
+        chunk = plan.chunks[0]
+        parts = launch.mse_size(heads, tokens, chunk) if inputs.loss == "mse" else chunk.count
+        self._sums = heads.lse2.new_empty((len(plan.chunks), tokens.batch_size, parts))
+        self._dq: Tensor | None = None
+        self._planes: Tensor | None = None
+        if inputs.needs_dq[index]:
+            # Rows outside the region are not visited.
+            make = torch.empty_like if tokens.rows is None else torch.zeros_like
+            self._dq = make(heads.query, dtype=torch.float32)
+        if inputs.needs_dk[index]:
+            planes = launch.dk_splits(heads, tokens, chunk)
+            self._planes = torch.zeros(
+                (planes, *self._key.shape), dtype=torch.float32, device=self._key.device
+            )
+
+    def add(self, number: int, chunk: launch.Chunk, work: _Workspace, group: launch.Group) -> None:
+        """Loss and gradients of one chunk, whose targets are in the workspace."""
+        heads, tokens, sums = self._heads, self.tokens, self._sums[number]
+        needed = self._dq is not None or self._planes is not None
+        w = work.w(heads.query) if needed else None
+        centres, logs = None, None
+        if work.map is None:
+            centres = launch.mse(heads, tokens, chunk, work.targets, group, w, sums)
+        else:
+            launch.map_tile(heads, tokens, chunk, work.map, log=self._in_logs)
+            launch.row_loss(
+                self._loss, tokens, chunk, work.map, work.targets, group, w, sums, log=self._in_logs
+            )
+            logs = work.map if self._in_logs else None
+        if w is None:
+            return
+        if self._dq is not None:
+            deltas = launch.dq(heads, tokens, chunk, w, logs, centres, self._dq)
+        else:
+            deltas = launch.delta(heads, tokens, chunk, w, logs)
+        if self._planes is not None:
+            launch.dk(heads, tokens, chunk, w, logs, deltas, self._planes)
+
+    def sums(self) -> Tensor:
+        """(B,) float32."""
+        return self._sums.sum(dim=(0, 2), dtype=torch.float64).to(torch.float32)
+
+    def dq(self) -> Tensor | None:
+        """In the memory order of q."""
+        if self._dq is None or self._query.stride(-1) == 1:
+            return self._dq
+        return torch.empty_like(self._query, dtype=torch.float32).copy_(self._dq)
+
+    def dk(self) -> Tensor | None:
+        """Planes summed in order, in the memory order of k."""
+        if self._planes is None:
+            return None
+        total = torch.empty_like(self._key, dtype=torch.float32)
+        return torch.sum(self._planes, dim=0, out=total)
+
+
+def _heads(layer: AttentionLayer, tokens: launch.Tokens) -> launch.Heads:
+    """A layer ready for the kernels, with its log-sum-exp."""
+    for tensor in (layer.query, layer.key):
+        if _INTERPRETED and tensor.dtype == torch.bfloat16:
+            raise NotImplementedError(
+                "Triton's interpreter multiplies the raw bits of bfloat16; "
+                "use float16 or float32 under TRITON_INTERPRET=1"
+            )
+    query, key = _rows_contiguous(layer.query), _rows_contiguous(layer.key)
+    if layer.lse is None:
+        lse2 = launch.lse(query, key, layer.scale, tokens)
+    else:
+        lse2 = (layer.lse.to(torch.float32) * launch.LOG2E).contiguous()
+    return launch.Heads(query, key, layer.scale, lse2)
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

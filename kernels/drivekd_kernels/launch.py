@@ -1,0 +1,530 @@
+"""Launchers: allocate, choose tiles, pass strides, enter the device; one for each kernel.
+
+Vectors about tokens are int32 (B, N), contiguous. Maps of a chunk of rows live in workspaces
+(maps, B, slots, keys), keys padded to a multiple of 16.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from drivekd_kernels import attention_grad, attention_lse, attention_map, attention_rows
+from drivekd_kernels.tuned import ROW_TILES, Tiles, one_pass, tiles
+
+LOG2E = 1 / math.log(2)
+MAP_ALIGN = 16  # elements; rows of workspaces start at multiples of it
+DK_PROGRAMS = 528  # wanted of dk: two waves of two a multiprocessor
+MAX_SPLITS = 8
+MAX_MAPS = 62  # bits of the two words that name the members of a group
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What rows see, and which rows and keys a region has; see `tiles.py`.
+
+    Attributes:
+        first: first key that a token sees; N where it sees none.
+        last: last key that it sees; -1 where it sees none.
+        row_first: first token that sees a key; N where none does.
+        row_last: last token that sees it; -1 where none does.
+        tags: a token sees only keys of its own tag, -1 is padding; None: all are equal.
+        rows: (B, N) tokens of the region's rows, in order; None: all tokens.
+        slots: (B, N + 1) how many of `rows` come before each token; None with `rows`.
+        num_rows: (B,) length of each sample's `rows`; None with `rows`.
+        vision: (B, N) int8, keys of the region; None: all.
+        num_tokens: N.
+        batch_size: B.
+    """
+
+    first: Tensor
+    last: Tensor
+    row_first: Tensor
+    row_last: Tensor
+    tags: Tensor | None
+    rows: Tensor | None
+    slots: Tensor | None
+    num_rows: Tensor | None
+    vision: Tensor | None
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.first.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.first.shape[1]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Queries and keys of one layer, their softmax's scale, and the log-sum-exp in base 2."""
+
+    query: Tensor  # (B, H, N, D), stride 1 along D
+    key: Tensor  # (B, H_kv, N, D), stride 1 along D
+    scale: float
+    lse2: Tensor  # (B, H, N) float32
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+        return self.query.shape[1]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Slots [first, first + count) of every sample."""
+
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Maps whose mean is a target: their indices into a workspace."""
+
+    maps: tuple[int, ...]
+
+    @property
+    def words(self) -> tuple[int, int]:
+        """Bits of the members, 31 to a word."""
+        bits = sum(1 << index for index in self.maps)
+        return bits & (2**31 - 1), bits >> 31
+
+
+def lse(query: Tensor, key: Tensor, scale: float, tokens: Tokens) -> Tensor:
+    """Base-2 log-sum-exp (B, H, N) float32 of the rows of the region; other rows undefined."""
+    B, H, N, _ = query.shape
+    lse2 = query.new_empty((B, H, N), dtype=torch.float32)
+    meta, tile = _meta("lse", query, key)
+    grid = (_ceil(N, tile.q), H, B)
+    with _on(query):
+        attention_lse.lse_kernel[grid](
+            query,
+            key,
+            lse2,
+            tokens.first,
+            tokens.last,
+            tokens.tags,
+            tokens.rows,
+            tokens.num_rows,
+            N,
+            *_strides(query),
+            *_strides(key),
+            scale * LOG2E,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **meta,
+        )
+    return lse2
+
+
+def map_tile(heads: Heads, tokens: Tokens, chunk: Chunk, out: Tensor, *, log: bool) -> None:
+    """Head-mean map of a chunk, or its base-2 logarithm, into out (B, >= count, >= N) float32.
+
+    Cells that nobody sees, and tiles without a vision key where there is a region, are left alone.
+    """
+    meta, tile = _meta("map", heads.query, heads.key)
+    N = tokens.num_tokens
+    grid = (_ceil(N, tile.k), _ceil(chunk.count, tile.q), tokens.batch_size)
+    stride_b, stride_s, align = _map_strides(out)
+    with _on(heads.query):
+        attention_map.map_kernel[grid](
+            heads.query,
+            heads.key,
+            heads.lse2,
+            out,
+            tokens.first,
+            tokens.last,
+            tokens.tags,
+            tokens.rows,
+            tokens.num_rows,
+            tokens.vision,
+            N,
+            chunk.first,
+            chunk.count,
+            *_strides(heads.query),
+            *_strides(heads.key),
+            stride_b,
+            stride_s,
+            heads.scale * LOG2E,
+            math.log2(heads.num_heads),
+            LOG=log,
+            ALIGN_MAP=align,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **meta,
+        )
+
+
+def mse_size(heads: Heads, tokens: Tokens, chunk: Chunk) -> int:
+    """Number of a sample's partial sums in `mse`."""
+    _, tile = _meta("map", heads.query, heads.key)
+    return _ceil(tokens.num_tokens, tile.k) * _ceil(chunk.count, tile.q)
+
+
+def mse(
+    heads: Heads,
+    tokens: Tokens,
+    chunk: Chunk,
+    targets: Tensor,
+    group: Group,
+    w: Tensor | None,
+    sums: Tensor,
+) -> Tensor | None:
+    """Squared error of a chunk's map against the mean of some maps.
+
+    Args:
+        heads: the student's layer.
+        tokens: what is seen.
+        chunk: which rows.
+        targets: (maps, B, slots, keys) float32 workspaces.
+        group: which of them.
+        w: (B, slots, keys) receives dL/dP; None where no gradient is wanted.
+        sums: (B, `mse_size`) float32, contiguous, receives partial sums.
+
+    Returns:
+        Centres (B, count, key tiles) if w is given, else None.
+    """
+    meta, tile = _meta("map", heads.query, heads.key)
+    B, N = tokens.batch_size, tokens.num_tokens
+    grid = (_ceil(N, tile.k), _ceil(chunk.count, tile.q), B)
+    centres = None if w is None else heads.lse2.new_empty((B, chunk.count, grid[0]))
+    stride_t, stride_b, stride_s = (each // MAP_ALIGN for each in targets.stride()[:3])
+    with _on(heads.query):
+        attention_map.mse_kernel[grid](
+            heads.query,
+            heads.key,
+            heads.lse2,
+            targets,
+            w,
+            sums,
+            centres,
+            tokens.first,
+            tokens.last,
+            tokens.tags,
+            tokens.rows,
+            tokens.num_rows,
+            tokens.vision,
+            N,
+            chunk.first,
+            chunk.count,
+            *_strides(heads.query),
+            *_strides(heads.key),
+            stride_b,
+            stride_s,
+            stride_t,
+            heads.scale * LOG2E,
+            math.log2(heads.num_heads),
+            *group.words,
+            1 / len(group.maps),
+            targets.shape[0],
+            ALIGN_MAP=MAP_ALIGN,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **meta,
+        )
+    return centres
+
+
+def row_loss(
+    loss: str,
+    tokens: Tokens,
+    chunk: Chunk,
+    maps: Tensor,
+    targets: Tensor,
+    group: Group,
+    w: Tensor | None,
+    sums: Tensor,
+    *,
+    log: bool,
+) -> None:
+    """Cosine or kl loss of each row of a chunk.
+
+    Args:
+        loss: "cosine" or "kl".
+        tokens: what is seen.
+        chunk: which rows.
+        maps: (B, slots, keys) float32, the student's map or its base-2 logarithm.
+        targets: (maps, B, slots, keys), the teachers' in the same domain.
+        group: which of them.
+        w: (B, slots, keys) receives dL/dP, or dL/dlog P; None where no gradient is wanted.
+        sums: (B, count) float32, contiguous, receives the losses.
+        log: whether maps are logarithms; always for kl.
+    """
+    kernel = {"cosine": attention_rows.cosine_kernel, "kl": attention_rows.kl_kernel}[loss]
+    stride_t, stride_b, stride_s = (each // MAP_ALIGN for each in targets.stride()[:3])
+    share = 1 / len(group.maps)
+    with _on(maps):
+        kernel[(_ceil(chunk.count, ROW_TILES.q), tokens.batch_size)](
+            maps,
+            targets,
+            w,
+            sums,
+            tokens.first,
+            tokens.last,
+            tokens.tags,
+            tokens.rows,
+            tokens.num_rows,
+            tokens.vision,
+            tokens.num_tokens,
+            chunk.first,
+            chunk.count,
+            stride_b,
+            stride_s,
+            stride_t,
+            *group.words,
+            share,
+            math.log2(share),
+            targets.shape[0],
+            LOG=log,
+            ALIGN_MAP=MAP_ALIGN,
+            BLOCK_Q=ROW_TILES.q,
+            BLOCK_K=ROW_TILES.k,
+            num_warps=ROW_TILES.warps,
+        )
+
+
+def delta(heads: Heads, tokens: Tokens, chunk: Chunk, w: Tensor, logs: Tensor | None) -> Tensor:
+    """Delta (B, H, count) float32 of a chunk."""
+    result = heads.lse2.new_empty((tokens.batch_size, heads.num_heads, chunk.count))
+    meta, tile = _meta("delta", heads.query, heads.key, packs=True)
+    with _on(heads.query):
+        attention_grad.delta_kernel[_packed_grid(heads, tokens, chunk, tile)](
+            heads.query,
+            heads.key,
+            heads.lse2,
+            w,
+            logs,
+            result,
+            tokens.first,
+            tokens.last,
+            tokens.tags,
+            tokens.rows,
+            tokens.num_rows,
+            tokens.vision,
+            tokens.num_tokens,
+            chunk.first,
+            chunk.count,
+            *_strides(heads.query),
+            *_strides(heads.key),
+            *(each // MAP_ALIGN for each in w.stride()[:2]),
+            heads.scale * LOG2E,
+            ALIGN_MAP=MAP_ALIGN,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **meta,
+        )
+    return result
+
+
+def dq(
+    heads: Heads,
+    tokens: Tokens,
+    chunk: Chunk,
+    w: Tensor,
+    logs: Tensor | None,
+    centres: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    """Write dq of a chunk's rows to out (B, H, N, D) float32; return delta (B, H, slots)."""
+    itemsize, block_d = heads.query.element_size(), _block_d(heads.query)
+    single = one_pass(itemsize, block_d)
+    meta, tile = _meta("dq", heads.query, heads.key, packs=True)
+    if single:
+        deltas = heads.lse2.new_empty((tokens.batch_size, heads.num_heads, chunk.count))
+    else:
+        deltas = delta(heads, tokens, chunk, w, logs)
+    with _on(heads.query):
+        attention_grad.dq_kernel[_packed_grid(heads, tokens, chunk, tile)](
+            heads.query,
+            heads.key,
+            heads.lse2,
+            w,
+            logs,
+            centres,
+            deltas,
+            out,
+            tokens.first,
+            tokens.last,
+            tokens.tags,
+            tokens.rows,
+            tokens.num_rows,
+            tokens.vision,
+            tokens.num_tokens,
+            chunk.first,
+            chunk.count,
+            *_strides(heads.query),
+            *_strides(heads.key),
+            *out.stride()[:3],
+            *(each // MAP_ALIGN for each in w.stride()[:2]),
+            heads.scale * LOG2E,
+            heads.scale / heads.num_heads,
+            0 if centres is None else centres.shape[-1],
+            ONE_PASS=single,
+            ALIGN_MAP=MAP_ALIGN,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **meta,
+            **_grad_dtype(heads.query),
+        )
+    return deltas
+
+
+def dk_splits(heads: Heads, tokens: Tokens, chunk: Chunk) -> int:
+    """Planes of dk that give enough programs: key tiles alone may be few."""
+    _, tile = _meta("dk", heads.query, heads.key)
+    programs = _ceil(tokens.num_tokens, tile.k) * heads.key.shape[1] * tokens.batch_size
+    row_tiles = _ceil(chunk.count, tile.q)
+    return max(1, min(_ceil(DK_PROGRAMS, programs), row_tiles, MAX_SPLITS))
+
+
+def dk(
+    heads: Heads,
+    tokens: Tokens,
+    chunk: Chunk,
+    w: Tensor,
+    logs: Tensor | None,
+    deltas: Tensor,
+    planes: Tensor,
+) -> None:
+    """Add a chunk's gradient in k to planes (splits, B, H_kv, N, D) float32, contiguous."""
+    meta, tile = _meta("dk", heads.query, heads.key)
+    splits, N = planes.shape[0], tokens.num_tokens
+    split_slots = _ceil(_ceil(chunk.count, splits), tile.q) * tile.q
+    grid = (_ceil(N, tile.k), heads.key.shape[1], tokens.batch_size * splits)
+    with _on(heads.query):
+        attention_grad.dk_kernel[grid](
+            heads.query,
+            heads.key,
+            heads.lse2,
+            w,
+            logs,
+            deltas,
+            planes,
+            tokens.first,
+            tokens.last,
+            tokens.row_first,
+            tokens.row_last,
+            tokens.tags,
+            tokens.rows,
+            tokens.slots,
+            tokens.num_rows,
+            tokens.vision,
+            N,
+            chunk.first,
+            chunk.count,
+            *_strides(heads.query),
+            *_strides(heads.key),
+            *(each // MAP_ALIGN for each in w.stride()[:2]),
+            heads.scale * LOG2E,
+            heads.scale / heads.num_heads,
+            splits,
+            split_slots,
+            ALIGN_MAP=MAP_ALIGN,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **meta,
+            **_grad_dtype(heads.query),
+        )
+
+
+def map_width(num_tokens: int) -> int:
+    """Keys of a workspace's row."""
+    return _ceil(num_tokens, MAP_ALIGN) * MAP_ALIGN
+
+
+def _meta(
+    kernel: str, query: Tensor, key: Tensor, *, packs: bool = False
+) -> tuple[dict[str, Any], Tiles]:
+    """What the kernels of one model must know when they are compiled, and the tile sizes."""
+    H, D, block_d = query.shape[1], query.shape[3], _block_d(query)
+    group = H // key.shape[1]
+    tile = tiles(kernel, query.element_size(), block_d)
+    meta: dict[str, Any] = {
+        "H": H,
+        "GROUP": group,
+        "D": D,
+        "BLOCK_D": block_d,
+        "ALIGN_Q": _align(query),
+        "ALIGN_K": _align(key),
+        "BLOCK_Q": tile.q,
+        "BLOCK_K": tile.k,
+        "PRECISION": "ieee",
+    }
+    if packs:
+        meta["PACK"] = min(tile.pack, _power_of_2(group))
+    return meta, tile
+
+
+def _packed_grid(heads: Heads, tokens: Tokens, chunk: Chunk, tile: Tiles) -> tuple[int, int, int]:
+    group = heads.num_heads // heads.key.shape[1]
+    pack = min(tile.pack, _power_of_2(group))
+    row_tiles = _ceil(chunk.count, tile.q // pack)
+    return row_tiles, heads.key.shape[1] * _ceil(group, pack), tokens.batch_size
+
+
+def _grad_dtype(query: Tensor) -> dict[str, Any]:
+    """Operands of the products with dS. float16 has not its range, TF32 has, and as many bits."""
+    if query.dtype == torch.bfloat16:
+        return {"GRAD_DTYPE": tl.bfloat16, "GRAD_PRECISION": "ieee"}
+    precision = "tf32" if query.dtype == torch.float16 else "ieee"
+    return {"GRAD_DTYPE": tl.float32, "GRAD_PRECISION": precision}
+
+
+def _ceil(value: int, step: int) -> int:
+    """How many steps reach the value."""
+    return -(-value // step)
+
+
+def _power_of_2(value: int) -> int:
+    """The smallest power of two that is not below the value."""
+    return 1 << (value - 1).bit_length()
+
+
+def _block_d(query: Tensor) -> int:
+    return max(16, _power_of_2(query.shape[-1]))
+
+
+def _align(tensor: Tensor) -> int:
+    """Elements of 16 bytes if rows start at multiples of that, else 1."""
+    elements = 16 // tensor.element_size()
+    aligned = all(stride % elements == 0 for stride in tensor.stride()[:3])
+    return elements if aligned else 1
+
+
+def _strides(tensor: Tensor) -> tuple[int, int, int]:
+    """Strides of samples, heads and tokens in units of `_align`."""
+    align = _align(tensor)
+    b, h, n = (stride // align for stride in tensor.stride()[:3])
+    return b, h, n
+
+
+def _map_strides(out: Tensor) -> tuple[int, int, int]:
+    """Strides of samples and rows of a map in units of the third value."""
+    stride_b, stride_s = out.stride()[:2]
+    align = MAP_ALIGN if stride_b % MAP_ALIGN == 0 and stride_s % MAP_ALIGN == 0 else 1
+    return stride_b // align, stride_s // align, align
+
+
+@contextlib.contextmanager
+def _on(tensor: Tensor) -> Iterator[None]:
+    """Launch on the tensor's device, whatever the current one is."""
+    if tensor.device.type == "cuda":
+        with torch.cuda.device(tensor.device):
+            yield
+    else:
+        yield

@@ -1,0 +1,148 @@
+"""What the attention kernels share: which tokens a tile is about, what they see, how to load them.
+
+Rows stand in slots: slot s of a sample is token `rows[s]`, or token s where there is no list. Every
+row sees keys of one range `first..last`, and of these only the ones with its own tag, where there
+are tags: twice the number of its segment, plus 1 if the segment has gaps; -1 is padding. The
+visible part of a strip of key tiles is therefore: some tiles to be masked, some that are seen
+whole, some to be masked.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def count_rows(num_rows_ptr, b, N):
+    """Number of slots of sample b."""
+    if num_rows_ptr is not None:
+        return tl.load(num_rows_ptr + b)
+    else:
+        return N
+
+
+@triton.jit
+def row_tokens(rows_ptr, b, slot, live, N):
+    """Token of each slot; 0 where there is none."""
+    if rows_ptr is not None:
+        return tl.load(rows_ptr + b * N + slot, mask=live, other=0)
+    else:
+        return tl.where(live, slot, 0)
+
+
+@triton.jit
+def load_rows(ptr, stride_n, i, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(rows, BLOCK_D) of one head; zeros where not live, which may be None: all are."""
+    d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + i[:, None] * stride_n + d[None, :]
+    if live is None and D == BLOCK_D:
+        return tl.load(ptrs)
+    elif live is None:
+        return tl.load(ptrs, mask=(d < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        return tl.load(ptrs, mask=live[:, None], other=0.0)
+    else:
+        return tl.load(ptrs, mask=live[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_columns(ptr, stride_n, j, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(BLOCK_D, columns) of one head; zeros where not live, which may be None: all are."""
+    d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + j[None, :] * stride_n + d[:, None]
+    if live is None and D == BLOCK_D:
+        return tl.load(ptrs)
+    elif live is None:
+        return tl.load(ptrs, mask=(d < D)[:, None], other=0.0)
+    elif D == BLOCK_D:
+        return tl.load(ptrs, mask=live[None, :], other=0.0)
+    else:
+        return tl.load(ptrs, mask=live[None, :] & (d < D)[:, None], other=0.0)
+
+
+@triton.jit
+def key_tags(tags_ptr, b, j, N):
+    """Tag of each key (-1 for padding), and whether the key exists and is no padding."""
+    inside = j < N
+    if tags_ptr is not None:
+        tag = tl.load(tags_ptr + b * N + j, mask=inside, other=-1)
+        return tag, tag >= 0
+    else:
+        return j, inside
+
+
+@triton.jit
+def row_tags(tags_ptr, b, i, live, N):
+    """Tag of each row, one that no key has where the row is dead."""
+    if tags_ptr is not None:
+        return tl.load(tags_ptr + b * N + i, mask=live, other=-2)
+    else:
+        return i
+
+
+@triton.jit
+def row_span(first_ptr, last_ptr, b, i, live, N):
+    """First and last key that each row may see; nothing where the row is dead."""
+    first = tl.load(first_ptr + b * N + i, mask=live, other=N)
+    last = tl.load(last_ptr + b * N + i, mask=live, other=-1)
+    return first, last
+
+
+@triton.jit
+def sees(first, last, tag, j, key_tag, tags_ptr):
+    """Whether rows see keys; the arguments are spread along their own dimension."""
+    seen = (first <= j) & (j <= last)
+    if tags_ptr is not None:
+        seen = seen & (tag == key_tag)
+    return seen
+
+
+@triton.jit
+def tile_span(first, last, live, tag, limit, tags_ptr, BLOCK: tl.constexpr):
+    """Cut what some rows see into tiles of BLOCK, aligned to 0.
+
+    A row whose segment has gaps (the last bit of its tag) sees no tile whole.
+
+    Returns:
+        begin: first position of the first tile.
+        full_begin, full_end: tiles in between are seen whole by every live row.
+        end: end of the last tile.
+    """
+    sighted = live & (first <= last)
+    begin = tl.min(tl.where(sighted, first, limit)) // BLOCK * BLOCK
+    end = tl.cdiv(tl.max(tl.where(sighted, last, -1)) + 1, BLOCK) * BLOCK
+    end = tl.maximum(begin, end)
+    full_begin = tl.cdiv(tl.max(tl.where(live, first, 0)), BLOCK) * BLOCK
+    full_end = (tl.min(tl.where(live, last, limit)) + 1) // BLOCK * BLOCK
+    if tags_ptr is not None:
+        full_end = tl.where(tl.max(tl.where(live, tag & 1, 0)) == 0, full_end, 0)
+    full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
+    full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def masked_tile(t, begin, full_begin, full_end, BLOCK: tl.constexpr):
+    """Position of masked tile t: those before the whole ones, then those behind."""
+    before = (full_begin - begin) // BLOCK
+    return tl.where(t < before, begin + t * BLOCK, full_end + (t - before) * BLOCK)
+
+
+@triton.jit
+def count_masked(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
+    """Number of masked tiles."""
+    return (full_begin - begin + end - full_end) // BLOCK
+
+
+@triton.jit
+def is_member(t, members, more_members):
+    """Whether bit t is set in two words of 31 bits."""
+    return ((tl.where(t < 31, members, more_members) >> (t % 31)) & 1) != 0
+
+
+@triton.jit
+def load_vector(ptrs, live, other: tl.constexpr):
+    """A value for each row; `live` may be None: all are."""
+    if live is None:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=live, other=other)

@@ -1,0 +1,25 @@
+"""Kernels run on the GPU where there is one, else in Triton's interpreter on the CPU."""
+
+import functools
+import inspect
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True, scope="package")
+def quick_interpreter():
+    """Triton's interpreter looks its own modules over again for every call of a helper."""
+    if ON_GPU:
+        yield
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    original = interpreter.inspect
+    patched = type(inspect)("inspect")
+    patched.__dict__.update(inspect.__dict__)
+    patched.getmembers = functools.cache(inspect.getmembers)
+    interpreter.inspect = patched
+    yield
+    interpreter.inspect = original

@@ -1,0 +1,170 @@
+"""Every tile size that ships compiles well for GPUs that are not here (benchmarks/offline).
+
+Nothing runs: kernels are recorded on meta tensors, compiled for an architecture, disassembled.
+Each distinct kernel is compiled once an architecture. A failure names kernel, tile and amount.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton's compiler; it has no package here")
+
+from drivekd_kernels.tuned import TILES
+from triton.runtime.jit import JITFunction
+
+from benchmarks.offline import sass
+from benchmarks.offline.compiled import LIMITS, Compiled, compile_launch
+from benchmarks.offline.geometry import Seen, work
+from benchmarks.offline.model import exp2_needed
+from benchmarks.offline.record import Launch, record, recorded
+from benchmarks.shapes import GPU_PAIRS, Pair
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HEADS = {64: (14, 2), 128: (16, 2), 256: (8, 2)}
+
+# (architecture, dtype, head dim, loss, region): every entry for full maps and mse; the region's
+# and the logarithms' variants of the kernels where most models are.
+CASES = [
+    *((arch, dtype, D, "mse", "full") for arch in (80, 90) for dtype in DTYPES for D in HEADS),
+    *((90, "bf16", D, "mse", "text_to_vision") for D in (64, 128)),
+    *((90, "bf16", D, "kl", "full") for D in (64, 128)),
+    (100, "bf16", 64, "mse", "full"),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+
+
+@functools.cache
+def binaries(case) -> list[tuple[Launch, Compiled]]:
+    arch, dtype, D, loss, region = case
+    heads = (*HEADS[D], D)
+    pair = Pair(1, 512, heads, heads, num_vision=256 if region == "text_to_vision" else 0)
+    distinct = {launch.key: launch for launch in record(pair, loss, DTYPES[dtype]).launches}
+    return [(launch, compile_launch(launch, arch)) for launch in distinct.values()]
+
+
+def named(launch: Launch, compiled: Compiled) -> str:
+    tile = f"{compiled.block_q}x{compiled.block_k}, {compiled.warps} warps"
+    return f"{launch.name}_kernel sm_{compiled.arch} D={launch.values.get('D')} tile {tile}"
+
+
+def test_every_shipped_table_entry_has_a_case():
+    """A head dim or a width of operands that is added to the table must be added here."""
+    widths = {(DTYPES[dtype].itemsize, D) for _, dtype, D, *_ in CASES}
+    shipped = {(itemsize, D) for (_, itemsize), table in TILES.items() for D in table}
+    assert shipped <= widths
+
+
+@cases
+def test_no_register_spills(case):
+    spills = [
+        f"{named(launch, one)}: {one.stack} bytes of stack"
+        for launch, one in binaries(case)
+        if one.stack
+    ]
+    assert not spills, "\n" + "\n".join(spills)
+
+
+@cases
+def test_a_program_fits_on_a_multiprocessor(case):
+    for launch, one in binaries(case):
+        limit = LIMITS[one.arch].shared_per_program
+        assert one.shared <= limit, f"{named(launch, one)}: {one.shared} of {limit} bytes shared"
+        assert one.resident >= 1, f"{named(launch, one)}: not one program is resident"
+
+
+@pytest.mark.parametrize(
+    "case", [each for each in CASES if each[0] == 90 and each[1] != "fp32"], ids=str
+)
+def test_products_of_16_bit_inputs_use_warpgroup_instructions(case):
+    for launch, one in binaries(case):
+        if one.main is not None:
+            counts = one.main.mix.counts
+            assert counts["HGMMA"] > 0, f"{named(launch, one)}: no HGMMA in the main loop"
+            assert counts["HMMA"] == 0, f"{named(launch, one)}: {counts['HMMA']} HMMA"
+
+
+@cases
+def test_exp2_is_not_evaluated_more_often_than_the_source_asks(case):
+    for launch, one in binaries(case):
+        if one.main is not None:
+            _, most = exp2_needed(launch)
+            found = one.per_element("EX2")
+            assert 0 < found <= most, (
+                f"{named(launch, one)}: {found:.2f} EX2 an element, not {most}"
+            )
+
+
+def test_recording_restores_the_launcher():
+    original = JITFunction.run
+    with pytest.raises(RuntimeError), recorded():
+        assert JITFunction.run is not original
+        raise RuntimeError
+    assert JITFunction.run is original
+
+
+def test_loops_are_told_from_jumps_out_of_line():
+    """Two nested loops, the inner one with a block that the assembler moved behind EXIT."""
+    listing = """
+        /*0000*/                   MOV R0, R1 ;
+        /*0010*/                   FADD R0, R0, R1 ;
+        /*0020*/                   MUFU.EX2 R2, R2 ;
+        /*0030*/               @P1 BRA 0x0080 ;
+        /*0040*/               @P0 BRA 0x0020 ;
+        /*0050*/               @P2 BRA 0x0010 ;
+        /*0060*/                   STG.E [R2], R0 ;
+        /*0070*/                   EXIT ;
+        /*0080*/                   FMUL R2, R2, R2 ;
+        /*0090*/                   BRA 0x0040 ;
+        /*00a0*/                   BRA 0xa0;
+    """
+    code = sass.read(listing)
+    inner, outer = sorted(code.loops, key=lambda loop: len(loop.blocks))
+    assert inner.header == 0x20
+    assert outer.header == 0x10
+    assert inner.parent == outer.header
+    assert inner.mix.counts == {"EX2": 1, "FMUL": 1, "other": 3}
+    assert outer.own.counts == {"FADD": 1, "other": 1}
+    assert code.straight.counts["STORE"] == 1
+
+
+@pytest.mark.parametrize("num_vision", [0, 150])
+@pytest.mark.parametrize("num_tokens", [63, 300, 511])
+def test_geometry_counts_what_a_brute_force_over_cells_counts(num_tokens, num_vision):
+    if num_vision >= num_tokens:
+        num_vision = num_tokens // 2
+    call = record(Pair(1, num_tokens, (6, 2, 64), (4, 2, 128), num_vision))
+    sees = np.tril(np.ones((num_tokens, num_tokens), dtype=bool))
+    sees = sees[num_vision:]  # the rows; vision tokens come first
+    seen = Seen(call.tokens)
+    for launch in call.launches:
+        values, done = launch.values, work(launch, seen)
+        q, k = values["BLOCK_Q"] // values.get("PACK", 1), values["BLOCK_K"]
+        first, count = values.get("first_slot", 0), values.get("num_slots", num_tokens)
+        cells = sees[first : first + count].copy()
+        if num_vision and launch.name in ("map", "mse"):
+            cells[:, num_vision:] = False
+        assert done.visible == cells.sum() * values["H"], launch.name
+        tiles = tiles_of(cells, q, k)
+        any_seen = sum(bool(tile.any()) for tile in tiles)
+        heads = values["H"] / values.get("PACK", 1)
+        assert (done.whole + done.masked).sum() == pytest.approx(any_seen * heads), launch.name
+        if launch.name not in ("map", "mse"):
+            whole = sum(bool(tile.all()) and tile.shape == (q, k) for tile in tiles)
+            assert done.whole.sum() <= whole * heads, launch.name
+
+
+def tiles_of(cells, q, k):
+    """Tiles of a chunk; those at the edge are smaller."""
+    rows, keys = cells.shape
+    return [cells[i : i + q, j : j + k] for i in range(0, rows, q) for j in range(0, keys, k)]
+
+
+def test_named_shapes_launch_the_documented_passes():
+    call = record(GPU_PAIRS["internvl3-1b-from-8b/t2v-1"])
+    assert [each.name for each in call.launches[:2]] == ["lse", "lse"]
+    assert {each.name for each in call.launches} >= {"lse", "map", "mse", "dq", "dk"}
+    known = record(GPU_PAIRS["internvl3-1b-from-8b/t2v-1"], lse=True)
+    assert "lse" not in {each.name for each in known.launches}
