@@ -1,11 +1,14 @@
 """`python -m benchmarks.offline`: see benchmarks/README.md."""
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 import torch
 
-from benchmarks.offline import sweep
+from benchmarks.offline import model, report, sweep
+from benchmarks.shapes import GPU_PAIRS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -15,6 +18,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, default=90, choices=(80, 90, 100))
     parser.add_argument("--loss", default="mse", choices=("mse", "cosine", "kl"))
     parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
+    parser.add_argument("--shape", action="append", help="a name or a part of it; default: all")
+    parser.add_argument("--lse", action="store_true", help="log-sum-exps come from flash forwards")
+    parser.add_argument("--json", type=Path, help="write everything to a file")
+    parser.add_argument("--explain", action="store_true", help="print the model and stop")
     group = parser.add_argument_group("sweep")
     group.add_argument("--sweep", nargs=2, metavar=("PASS", "D"), help="rank tiles of one pass")
     group.add_argument("--tiles", help="candidates, e.g. 64x128w4s3,64x64w4s2p2")
@@ -22,9 +29,36 @@ def main(arguments: list[str] | None = None) -> int:
     group.add_argument("--tokens", type=int, default=8192)
     group.add_argument("--vision", type=int, default=0, help="vision keys; 0: the full map")
     chosen = parser.parse_args(arguments)
-    if not chosen.sweep:
-        parser.error("nothing to do: give --sweep PASS D")
-    return _sweep(chosen)
+    if chosen.explain:
+        print(model.explain())
+        return 0
+    if chosen.sweep:
+        return _sweep(chosen)
+    shapes = [
+        name for name in GPU_PAIRS if not chosen.shape or any(each in name for each in chosen.shape)
+    ]
+    if not shapes:
+        parser.error(f"--shape {chosen.shape}: want a part of {', '.join(GPU_PAIRS)}")
+    results = []
+    for name in shapes:
+        results.append(
+            report.report(
+                name,
+                arch=chosen.arch,
+                loss=chosen.loss,
+                dtype=DTYPES[chosen.dtype],
+                lse=chosen.lse,
+            )
+        )
+        print(report.show(results[-1]) + "\n", flush=True)
+    print(report.summary(results))
+    if chosen.json:
+        content = {
+            "constants": model.constants(chosen.arch),
+            "reports": [r.to_json() for r in results],
+        }
+        chosen.json.write_text(json.dumps(content, indent=1))
+    return 0
 
 
 def _sweep(chosen: argparse.Namespace) -> int:

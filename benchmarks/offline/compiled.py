@@ -12,6 +12,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import triton
@@ -59,10 +60,9 @@ class Compiled:
         stack: bytes of a thread in local memory: spills.
         shared: bytes of a program.
         tensor_columns: of tensor memory (sm_100).
-        code: all of its loops.
-        main: loop over tiles seen whole, None for kernels without one (row losses).
-        masked: loop over the other tiles; may be `main`.
         products: matrix products per tile in the kernel's source.
+        exp2: exp2 per element and head in the kernel's source.
+        cubin: the binary; disassembled when loops are asked for, which takes half a second.
     """
 
     name: str
@@ -75,10 +75,28 @@ class Compiled:
     stack: int
     shared: int
     tensor_columns: int
-    code: sass.Code
-    main: sass.Loop | None
-    masked: sass.Loop | None
     products: int
+    exp2: float
+    cubin: bytes
+
+    @cached_property
+    def code(self) -> sass.Code:
+        """All of its loops."""
+        return sass.read(_cuobjdump("--dump-sass", self.cubin))
+
+    @cached_property
+    def _loops(self) -> tuple[sass.Loop | None, sass.Loop | None]:
+        return _find_loops(self.code) if self.name in PRODUCTS else (None, None)
+
+    @property
+    def main(self) -> sass.Loop | None:
+        """Loop over tiles seen whole, None for kernels without one (row losses)."""
+        return self._loops[0]
+
+    @property
+    def masked(self) -> sass.Loop | None:
+        """Loop over the other tiles; may be `main`."""
+        return self._loops[1]
 
     @property
     def resident(self) -> int:
@@ -101,15 +119,22 @@ class Compiled:
     def tiles_in(self, loop: sass.Loop) -> float:
         """Tiles (of one head) that one trip of a loop works on, from its matrix products.
 
-        tcgen05 tells only their number: one for 16 of the contracted dimension. fp32 has FFMA.
+        Where a tile is too small for its warps, the first product and the exp2 are done several
+        times: with u tiles done r times each, products count u (r + products - 1), exp2 u r.
+        tcgen05 tells only the number of products: one for 16 of the contracted dimension. fp32 has
+        FFMA.
         """
         if loop.mix.macs:
-            macs = loop.mix.macs * self.warps / loop.mix.macs_warps
-            return macs / (self.products * self.block_q * self.block_k * self.block_d)
-        if loop.mix.counts["MMA"]:
+            one = self.block_q * self.block_k * self.block_d
+            macs = loop.mix.macs * self.warps / one
+            if self.products == 1:
+                return macs
+            repeated = loop.mix.counts["EX2"] / (self.elements * self.exp2)
+            return max(1, round((macs - repeated) / (self.products - 1)))
+        if loop.mix.matrix:
             contracted = self.block_q if self.name == "dk" else self.block_k
             wanted = self.block_d // 16 + (self.products - 1) * contracted // 16
-            return max(1, round(loop.mix.counts["MMA"] / wanted))
+            return max(1, round(loop.mix.matrix / wanted))
         wanted = self.products * self.block_d * self.elements
         return max(1, round(loop.mix.counts["FFMA"] / wanted))
 
@@ -120,6 +145,21 @@ class Compiled:
             return float("nan")
         count = loop.mix.total if kind == "total" else loop.mix.counts[kind]
         return count / (self.tiles_in(loop) * self.elements)
+
+
+def exp2_needed(launch: Launch) -> tuple[float, float]:
+    """exp2 per element and head in the main loop as the source has it: at least, at most.
+
+    One everywhere but: lse rescales each row once a tile (in the layout of 16-bit products at most
+    two rows of 32 or more columns a thread, or eight of 64: 1/8 more); dq of logarithms makes P_h
+    beside R. Logarithmic maps have one (of the smaller beside the larger), dk of logarithms makes P
+    once a tile outside the loop over heads.
+    """
+    if launch.name == "lse":
+        return 1.0, 1.125
+    if launch.name == "dq" and launch.values["log_ptr"] is not None:
+        return 2.0, 2.0
+    return 1.0, 1.0
 
 
 def products(launch: Launch) -> int:
@@ -143,12 +183,8 @@ def _compile(launch: Launch, arch: int) -> Compiled:
     source = ASTSource(launch.kernel, types, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", arch, 32)
     binary = triton.compile(source, target=target, options=dict(launch.options))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage = _cuobjdump("--dump-resource-usage", file.name)
-        code = sass.read(_cuobjdump("--dump-sass", file.name))
-    main, masked = _find_loops(code)
+    cubin = binary.asm["cubin"]
+    usage = _cuobjdump("--dump-resource-usage", cubin)
     values = launch.values
     return Compiled(
         name=launch.name,
@@ -161,16 +197,15 @@ def _compile(launch: Launch, arch: int) -> Compiled:
         stack=int(re.search(r"STACK:(\d+)", usage).group(1)),
         shared=binary.metadata.shared,
         tensor_columns=getattr(binary.metadata, "tmem_size", None) or 0,
-        code=code,
-        main=main if launch.name in PRODUCTS else None,
-        masked=masked if launch.name in PRODUCTS else None,
         products=products(launch),
+        exp2=exp2_needed(launch)[0],
+        cubin=cubin,
     )
 
 
 def _find_loops(code: sass.Code) -> tuple[sass.Loop | None, sass.Loop | None]:
     able = [each for each in code.loops if each.mix.counts["EX2"]]
-    able = [each for each in able if each.mix.counts["MMA"]] or able
+    able = [each for each in able if each.mix.matrix] or able
     # Loops that wait for a barrier (sm_100) may be inside and are none of these.
     inner = [each for each in able if not any(other.blocks < each.blocks for other in able)]
 
@@ -190,6 +225,9 @@ def _tool() -> str:
     return str(path)
 
 
-def _cuobjdump(option: str, path: str) -> str:
-    done = subprocess.run([_tool(), option, path], capture_output=True, text=True, check=True)
-    return done.stdout
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_tool(), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

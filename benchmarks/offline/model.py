@@ -7,16 +7,21 @@ clocks of a multiprocessor's pipes:
     MMA      multiply-adds of the matrix instructions at MMA_TFLOPS (TF32: half)
     EX2      32 x warps per instruction, 16 a clock
     issue    warps per instruction, 4 a clock
+    LSU      warps per load or store of up to 4 bytes a lane, 1 a clock; 8 and 16 bytes 2 and 4 (at
+             least: lanes that touch many lines take longer)
     L2       bytes of every tile of q, k, W, maps that the source loads or stores, at l2_tbps / SMs
 
+A tile of W that packed heads share counts once where it is loaded through L1 (plain LDG). Latency
+of loads that are not pipelined is not modelled.
+
 Overlap: one program alone runs its products and its other instructions one after the other, MMA +
-max(EX2, issue); r programs on one multiprocessor share the pipes. So a program that is one of r
-takes START_CLOCKS + max(r x largest pipe, MMA + max(EX2, issue), L2): with r = 1 the sum, from
-r = 2 on the larger. r is what registers, shared memory and warps allow, and no more than there are
-live programs per multiprocessor. Programs are given in their order to the slot that is free first
-(SMs x r slots): the last one to end is the launch's time, never less than its HBM bytes take. HBM
-bytes are compulsory: q, k, results once per launch; workspaces only if a chunk's do not fit in L2.
-Every launch costs LAUNCH_US more (eager, or in a CUDA graph).
+max(EX2, issue, LSU); r programs on one multiprocessor share the pipes. So a program that is one of
+r takes START_CLOCKS + max(r x largest pipe, MMA + max(EX2, issue, LSU), L2): with r = 1 the sum,
+from r = 2 on the larger. r is what registers, shared memory and warps allow, and no more than there
+are live programs per multiprocessor. Programs are given in their order to the slot that is free
+first (SMs x r slots): the last one to end is the launch's time, never less than its HBM bytes take.
+HBM bytes are compulsory: q, k, results once per launch; workspaces only if a chunk's do not fit in
+L2. Every launch costs LAUNCH_US more (eager, or in a CUDA graph).
 
 The floor of a pass is the larger of MMA and EX2 for the cells that must be visited (kl's map: also
 its 9 float instructions at 4 x 32 lanes; it has no shorter form in the source; row losses: every
@@ -24,11 +29,12 @@ map read once, W written once, at L2 bandwidth).
 """
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
-from benchmarks.offline.compiled import Compiled
+from benchmarks.offline.compiled import Compiled, exp2_needed
 from benchmarks.offline.geometry import Work
 from benchmarks.offline.record import Launch
 
@@ -82,18 +88,21 @@ class Prediction:
     hbm_bytes: float
 
 
-def exp2_needed(launch: Launch) -> tuple[float, float]:
-    """exp2 per element and head in the main loop, as the source has it: at least, at most.
+def constants(arch: int) -> dict[str, Any]:
+    """What the model takes as given."""
+    return {
+        "clock_ghz": CLOCK_GHZ,
+        "start_clocks": START_CLOCKS,
+        "launch_us": LAUNCH_US,
+        "assumed": ["l2_tbps", "start_clocks", "launch_us"],
+        **asdict(DEVICES[arch]),
+    }
 
-    One everywhere but: lse rescales each row once a tile (counted per thread that holds a part of
-    the row: at most one for four elements); dq of logarithms makes P_h beside R; dk of logarithms
-    makes P once a tile outside the loop over heads.
-    """
-    if launch.name == "lse":
-        return 1.0, 1.25
-    if launch.name == "dq" and launch.values["log_ptr"] is not None:
-        return 2.0, 2.0
-    return 1.0, 1.0
+
+def explain() -> str:
+    """The model in words, and its constants."""
+    rows = [f"sm_{arch}: {constants(arch)}" for arch in DEVICES]
+    return "\n".join([__doc__ or "", *rows])
 
 
 def predict(
@@ -110,11 +119,12 @@ def predict(
     """
     device = DEVICES[compiled.arch]
     clock = CLOCK_GHZ * 1e9
-    mma, exp2, issue = _pipes(compiled, work, device)
-    traffic = _l2_bytes(launch, work, region)
+    mma, exp2, issue, lsu = _pipes(compiled, work, device)
+    traffic = _l2_bytes(launch, compiled, work, region)
     l2 = traffic / (device.l2_tbps * 1e12 / device.sms / clock)
-    serial = mma + np.maximum(exp2, issue)
-    largest = np.maximum.reduce([mma, exp2, issue, l2])
+    others = np.maximum.reduce([exp2, issue, lsu])
+    serial = mma + others
+    largest = np.maximum.reduce([mma, others, l2])
     live = max(1, int(work.live.sum()))
     resident = min(compiled.resident, -(-live // device.sms))
     if resident == 0:
@@ -126,11 +136,12 @@ def predict(
     maps = _map_bytes(launch, work)
     hbm = _compulsory_bytes(launch) + (0 if workspace_in_l2 else maps)
     hbm_ms = hbm / device.hbm_tbps / 1e9
-    totals = {"MMA": mma.sum(), "EX2": exp2.sum(), "issue": issue.sum(), "L2": l2.sum()}
+    pipes = {"MMA": mma, "EX2": exp2, "issue": issue, "LSU": lsu, "L2": l2}
+    totals = {name: float(each.sum()) for name, each in pipes.items()}
     bound = max(totals, key=lambda name: totals[name])
     even = clocks.sum() / (device.sms * resident) / clock * 1e3
     if serial.sum() > resident * largest.sum():
-        bound = "MMA+" + ("EX2" if totals["EX2"] > totals["issue"] else "issue")
+        bound = "MMA+" + max(("EX2", "issue", "LSU"), key=lambda name: totals[name])
     if START_CLOCKS * clocks.size > 0.5 * clocks.sum():
         bound = "start"
     elif busy > 1.5 * even:
@@ -149,7 +160,7 @@ def predict(
 
 
 def _pipes(compiled: Compiled, work: Work, device: Device):
-    """Clocks of the MMA, EX2 and issue pipes for each program."""
+    """Clocks of the MMA, EX2, issue and LSU pipes for each program."""
     exp2_clocks = 32 * compiled.warps / device.exp2_per_clock
     issue_clocks = compiled.warps / 4
     macs_a_clock = device.mma_tflops * 1e12 / 2 / device.sms / (CLOCK_GHZ * 1e9)
@@ -159,10 +170,12 @@ def _pipes(compiled: Compiled, work: Work, device: Device):
         total = sum(each.own.total for each in loops)
         exp2 = sum(each.own.counts["EX2"] for each in loops)
         issue = (work.masked * total + straight.total) * issue_clocks
-        return np.zeros_like(issue), work.masked * exp2 * exp2_clocks, issue
+        lsu = work.masked * sum(each.own.lsu for each in loops) * float(compiled.warps)
+        return np.zeros_like(issue), work.masked * exp2 * exp2_clocks, issue, lsu
     mma = np.zeros(work.whole.shape)
     exp2 = np.full(work.whole.shape, straight.counts["EX2"] * exp2_clocks)
     issue = np.full(work.whole.shape, straight.total * issue_clocks)
+    lsu = np.full(work.whole.shape, float(straight.lsu * compiled.warps))
     for loop, tiles, outer in (
         (compiled.main, work.whole, work.whole_outer),
         (compiled.masked, work.masked, work.masked_outer),
@@ -171,23 +184,29 @@ def _pipes(compiled: Compiled, work: Work, device: Device):
         mma += tiles * _macs(compiled, loop) / macs_a_clock
         exp2 += trips * loop.mix.counts["EX2"] * exp2_clocks
         issue += trips * loop.mix.total * issue_clocks
+        lsu += trips * loop.mix.lsu * compiled.warps
         around = compiled.code.parent(loop)
         if around is not None:
             exp2 += outer * around.own.counts["EX2"] * exp2_clocks
             issue += outer * around.own.total * issue_clocks
-    return mma, exp2, issue
+            lsu += outer * around.own.lsu * compiled.warps
+    return mma, exp2, issue, lsu
 
 
 def _macs(compiled: Compiled, loop) -> float:
-    """Multiply-adds of matrix instructions for one tile, those of half rate twice."""
-    if not loop.mix.counts["MMA"]:
+    """Multiply-adds of matrix instructions for one tile, those of half rate twice.
+
+    As compiled: with too many warps for a tile some are done more than once.
+    """
+    if loop.mix.macs:
+        issued = loop.mix.macs + loop.mix.half_rate
+        return issued * compiled.warps / compiled.tiles_in(loop)
+    if not loop.mix.matrix:
         return 0.0
-    one = compiled.products * compiled.block_q * compiled.block_k * compiled.block_d
-    share = loop.mix.half_rate / loop.mix.macs if loop.mix.macs else 0.0
-    return one * (1 + share)
+    return compiled.products * compiled.block_q * compiled.block_k * compiled.block_d
 
 
-def _l2_bytes(launch: Launch, work: Work, region: float):
+def _l2_bytes(launch: Launch, compiled: Compiled, work: Work, region: float):
     """Bytes that each program loads and stores."""
     values = launch.values
     q, k, d = values["BLOCK_Q"], values["BLOCK_K"], values.get("BLOCK_D", 0)
@@ -209,6 +228,8 @@ def _l2_bytes(launch: Launch, work: Work, region: float):
     if launch.name == "dk":
         inner = q * d * size + 8 * q
         return tiles * inner + outer * cells + work.live * (k * d * (size + 8))
+    if compiled.main.mix.plain:
+        cells /= values["PACK"]
     fixed = q * d * (size + (4 if launch.name == "dq" else 0))
     return work.live * fixed + tiles * (k * d * size + cells)
 

@@ -14,6 +14,7 @@ import torch
 from drivekd_kernels import launch as launchers
 from drivekd_kernels.launch import Tokens
 from drivekd_kernels.tuned import Tiles
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from benchmarks.shapes import Pair
@@ -118,6 +119,7 @@ class Call:
     launches: list[Launch]
     tokens: Tokens
     pair: Pair
+    other_ops: int  # torch operations beside them that run something on the device
 
 
 def record(
@@ -143,10 +145,24 @@ def record(
         needs_dk=(True,),
         dtype=torch.float32,
     )
-    with recorded() as launches:
+    with recorded() as launches, _Counter() as counter:
         backend.attention_map_loss(inputs)
     tokens = kernel_tokens(_layout(pair, torch.device("cpu")), None, compact=True)
-    return Call(launches, tokens, pair)
+    return Call(launches, tokens, pair, counter.count)
+
+
+class _Counter(TorchDispatchMode):
+    """Counts torch operations, views and bare allocations left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if not func.is_view and "empty" not in name and not name.endswith("detach"):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ a jump to a block that dominates it), so blocks that the assembler moved out of 
 peeled iterations are told apart from loops.
 """
 
+import functools
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,11 +14,15 @@ from itertools import pairwise
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+([^;]+?)\s*;", re.MULTILINE)
 _TARGET = re.compile(r"\b(0x[0-9a-f]+)\s*$")
 _SHAPE = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")
+_WIDE = re.compile(r"\.128\b|88\.4\b")
+_DOUBLE = re.compile(r"\.64\b|88\.2\b")
 _GUARD = re.compile(r"^@!?U?P\w+ ")
 
 # Kind of instruction -> its opcodes. The first that fits counts; the rest are "other".
 KINDS = {
-    "MMA": ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA"),
+    "HGMMA": ("HGMMA",),
+    "HMMA": ("HMMA",),
+    "UTCMMA": ("UTCHMMA", "UTCQMMA"),
     "EX2": ("MUFU.EX2",),
     "FFMA": ("FFMA",),
     "FADD": ("FADD",),
@@ -29,23 +34,32 @@ KINDS = {
     "BARRIER": ("BAR", "WARPGROUP", "WARPSYNC", "DEPBAR", "LDGDEPBAR", "SYNCS", "UTCBAR"),
 }
 
+MATRIX = ("HGMMA", "HMMA", "UTCMMA")
+
 
 @dataclass(frozen=True)
 class Mix:
     """Instructions that one warp issues, by kind, and the products of its matrix instructions.
 
-    `macs` are multiply-adds of a program of 4 warps (HGMMA) or of one warp (HMMA); `half_rate` are
-    those of them that run at half the rate of 16-bit operands (TF32).
+    `macs` are a warp's share of the multiply-adds; `half_rate` are those of them that run at half
+    the rate of 16-bit operands (TF32). `lsu` are clocks of the load/store unit, at least: 32 lanes
+    x 4 bytes each. `plain` are LDG, which go through L1.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     macs: int = 0
     half_rate: int = 0
-    macs_warps: int = 4
+    lsu: int = 0
+    plain: int = 0
 
     @property
     def total(self) -> int:
         return self.counts.total()
+
+    @property
+    def matrix(self) -> int:
+        """Matrix instructions of any kind."""
+        return sum(self.counts[name] for name in MATRIX)
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,11 @@ class Code:
 
 def kind(instruction: str) -> str:
     """Kind of an instruction, see `KINDS`."""
-    opcode = _GUARD.sub("", instruction).split()[0]
+    return _kind(_GUARD.sub("", instruction).split()[0])
+
+
+@functools.cache
+def _kind(opcode: str) -> str:
     for name, opcodes in KINDS.items():
         for each in opcodes:
             if opcode == each or opcode.startswith((each + ".", each + "2")):
@@ -194,32 +212,38 @@ def _reach(entry: int, successors: dict[int, list[int]]) -> set[int]:
 
 def _mix(texts) -> Mix:
     counts: Counter[str] = Counter()
-    macs = half_rate = 0
-    macs_warps = 4
+    macs = half_rate = lsu = plain = 0
     for text in texts:
         name = kind(text)
         counts[name] += 1
-        if name == "MMA":
+        if name in ("LOAD", "STORE"):
+            opcode = _GUARD.sub("", text).split()[0]
+            lsu += 4 if _WIDE.search(opcode) else 2 if _DOUBLE.search(opcode) else 1
+            plain += opcode.startswith("LDG.")
+        if name in MATRIX:
             shape = _SHAPE.search(text)
             if shape:
                 m, n, k = map(int, shape.groups())
-                product = m * n * k
+                product = m * n * k // 4  # the instruction of four warps together
             elif "HMMA.16816" in text:
-                product, macs_warps = 16 * 8 * 16, 1
+                product = 16 * 8 * 16
             elif "HMMA.1688" in text or "HMMA.1684" in text:
-                product, macs_warps = 16 * 8 * (8 if "1688" in text else 4), 1
+                product = 16 * 8 * (8 if "1688" in text else 4)
             else:
                 product = 0  # tcgen05 names its shape in a descriptor, not in the instruction
             macs += product
             half_rate += product if "TF32" in text else 0
-    return Mix(counts, macs, half_rate, macs_warps)
+    return Mix(counts, macs, half_rate, lsu, plain)
 
 
 def _add(mixes: list[Mix]) -> Mix:
     counts: Counter[str] = Counter()
     for each in mixes:
         counts += each.counts
-    warps = min((each.macs_warps for each in mixes), default=4)
     return Mix(
-        counts, sum(each.macs for each in mixes), sum(each.half_rate for each in mixes), warps
+        counts,
+        sum(each.macs for each in mixes),
+        sum(each.half_rate for each in mixes),
+        sum(each.lsu for each in mixes),
+        sum(each.plain for each in mixes),
     )

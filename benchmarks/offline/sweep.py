@@ -150,7 +150,7 @@ def sweep_row(each: Candidate) -> str:
     return (
         f"{name:>16} {one.registers:>4} {one.stack:>5} {one.shared:>7} {one.resident:>6} "
         f"{one.per_element('total'):>8.2f} {one.per_element('total', one.masked):>6.2f} "
-        f"{one.per_element('EX2'):>6.2f} {one.main.mix.counts['MMA']:>4} "
+        f"{one.per_element('EX2'):>6.2f} {one.main.mix.matrix:>4} "
         f"{each.l2_per_element:>7.2f} {each.ms:>8.4f} {each.floor_ms:>7.4f} "
         f"{each.ms / each.floor_ms:>5.2f}  {each.bound}"
     )
