@@ -1,7 +1,7 @@
 """A table per named shape: what every pass costs, and what bounds it."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class Pass:
             "shared": one.shared,
             "resident": one.resident,
             "loops": {
-                name: {"tiles": one.tiles_in(loop), **asdict(loop.mix)}
+                name: {"tiles": one.tiles_in(loop), **vars(loop.mix)}
                 for name, loop in loops.items()
                 if loop is not None
             },

@@ -5,6 +5,7 @@ Each distinct kernel is compiled once an architecture. A failure names kernel, t
 """
 
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from benchmarks.offline import sass
 from benchmarks.offline.compiled import LIMITS, Compiled, compile_launch, exp2_needed
 from benchmarks.offline.geometry import Seen, work
 from benchmarks.offline.record import Launch, record, recorded
+from benchmarks.offline.report import Pass
 from benchmarks.shapes import GPU_PAIRS, Pair
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -119,6 +121,13 @@ def test_exp2_is_not_evaluated_more_often_than_the_source_asks(case):
         if one.main is not None and not 0 < found <= most:
             excess.append(f"{named(launch, one)}: {found:.2f} EX2 an element, not {most}")
     assert not excess, "\n" + "\n".join(excess)
+
+
+def test_a_pass_can_be_written_as_json():
+    launch, one = binaries(CASES[0])[0]
+    row = json.loads(json.dumps(Pass(launch.name, "tile", one, [launch.grid]).to_json()))
+    assert row["loops"]["main"]["counts"]["EX2"] == one.main.mix.counts["EX2"]
+    assert row["registers"] == one.registers
 
 
 def test_recording_restores_the_launcher():
