@@ -82,9 +82,14 @@ def _sweep(chosen: argparse.Namespace) -> int:
     print(
         f"\nranked: no spills first, then predicted ms of {chosen.tokens} tokens, sm_{chosen.arch}"
     )
-    for each in sorted(rows, key=lambda row: (row.compiled is None or row.compiled.stack, row.ms)):
+    for each in sorted(rows, key=_rank):
         print(sweep.sweep_row(each))
     return 0
+
+
+def _rank(row: sweep.Candidate) -> tuple[bool, bool, float]:
+    spills = row.compiled is not None and row.compiled.stack > 0
+    return row.compiled is None, spills, row.ms
 
 
 if __name__ == "__main__":

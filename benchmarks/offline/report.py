@@ -28,7 +28,6 @@ class Pass:
     visible: int = 0
     l2_bytes: float = 0.0
     hbm_bytes: float = 0.0
-    variants: int = 1  # binaries beside the shown one that only differ in what Triton specialises
 
     def add(self, launch: Launch, predicted: model.Prediction) -> None:
         self.grids.append(launch.grid)
@@ -131,8 +130,6 @@ def _passes(call: Call, arch: int) -> Iterator[Pass]:
             launch, compiled, tiles, workspace_in_l2=largest <= capacity, region=region
         )
         row.add(launch, predicted)
-        if compiled is not row.compiled:
-            row.variants += 1
     yield from grouped.values()
 
 
