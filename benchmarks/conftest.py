@@ -5,6 +5,8 @@ import platform
 import pytest
 import torch
 
+from tests.conftest import pytest_collection_modifyitems as pytest_collection_modifyitems
+
 
 @pytest.fixture(autouse=True)
 def said_where(benchmark):

@@ -27,6 +27,7 @@ from drivekd_kernels.tiles import (
 )
 
 RUNTIME = (
+    "sums_ptr",  # a part of a tensor, of any alignment
     *("N", "first_slot", "num_slots", "stride_q_b", "stride_q_h", "stride_q_n"),
     *("stride_k_b", "stride_k_h", "stride_k_n", "scale2", "log2_heads"),
     *(

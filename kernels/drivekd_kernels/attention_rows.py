@@ -22,6 +22,7 @@ from drivekd_kernels.tiles import (
 )
 
 RUNTIME = (
+    "sums_ptr",  # a part of a tensor, of any alignment
     *("N", "first_slot", "num_slots", "stride_map_b", "stride_map_s", "stride_map_t"),
     *("members", "more_members", "share", "log2_share", "num_maps"),
 )

@@ -9,6 +9,13 @@ import torch
 ON_GPU = torch.cuda.is_available()
 
 
+def pytest_collection_modifyitems(items):
+    """On a GPU everything here is a test of the GPU."""
+    for item in items:
+        if ON_GPU and "kernels" in item.path.parts:
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(autouse=True, scope="package")
 def quick_interpreter():
     """Triton's interpreter looks its own modules over again for every call of a helper."""

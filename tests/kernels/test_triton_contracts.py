@@ -1,0 +1,173 @@
+"""What the triton backend promises beside numbers: memory, no host reads, no recompilation."""
+
+import pytest
+import torch
+
+from drivekd.tokens import TokenLayout
+from tests.helpers.host_reads import NoHostRead
+from tests.helpers.memory import LiveBytes
+
+pytest.importorskip("triton")
+pytest.importorskip("drivekd_kernels.launch")
+
+from drivekd.ops.attention_inputs import (
+    AttentionLayer,
+    AttentionLayout,
+    AttentionMapLossInputs,
+)
+from drivekd.ops.triton_backend import attention_map as backend
+
+LOSSES = ["mse", "cosine", "kl"]
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Kernels are launched, and do nothing: what is left is the work around them."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    launches = []
+
+    def run(self, *args, grid, warmup=False, **kwargs):
+        launches.append((self, args, kwargs, grid))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    return launches
+
+
+def make_inputs(
+    *,
+    num_samples=1,
+    num_tokens=64,
+    dtype=torch.float16,
+    loss="mse",
+    num_layers=1,
+    num_teachers=1,
+    num_vision=0,
+    padded=False,
+    packed=False,
+):
+    B, N = num_samples, num_tokens
+
+    def layer(heads, kv_heads, dim):
+        q, k = (torch.empty(B, N, h, dim, dtype=dtype).transpose(1, 2) for h in (heads, kv_heads))
+        return AttentionLayer(q, k, dim**-0.5, None)
+
+    is_vision = torch.zeros(B, N, dtype=torch.bool)
+    is_vision[:, 3 : 3 + num_vision] = True
+    valid = None
+    if padded:
+        valid = torch.ones(B, N, dtype=torch.bool)
+        valid[:, -2:] = False
+    segment_ids = (torch.arange(N) * 3 // N).expand(B, N) if packed else None
+    tokens = TokenLayout.from_masks(is_vision, valid=valid, segment_ids=segment_ids)
+    inside = num_vision > 0
+    per_group = num_teachers - num_layers + 1
+    return AttentionMapLossInputs(
+        student=tuple(layer(14, 2, 64) for _ in range(num_layers)),
+        teacher=tuple(layer(28, 4, 128) for _ in range(num_teachers)),
+        groups=tuple(tuple(range(i, i + per_group)) for i in range(num_layers)),
+        windows=(None,) * num_layers,
+        layout=AttentionLayout(
+            batch_size=B,
+            num_tokens=N,
+            device=torch.device("cpu"),
+            causal=True,
+            valid=valid,
+            segment_ids=segment_ids,
+            is_text=tokens.is_text if inside else None,
+            is_vision=tokens.is_vision if inside else None,
+        ),
+        loss=loss,
+        needs_dq=(True,) * num_layers,
+        needs_dk=(True,) * num_layers,
+        dtype=torch.float32,
+    )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("num_vision", [0, 30])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_nothing_is_read_back(idle, loss, num_vision, padded, packed):
+    inputs = make_inputs(
+        num_samples=2, loss=loss, num_vision=num_vision, padded=padded, packed=packed
+    )
+    with NoHostRead():
+        backend.attention_map_loss(inputs)
+    assert {each[0].__name__ for each in idle} >= {"lse_kernel", "dq_kernel", "dk_kernel"}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_tensor_holds_a_map_and_the_extra_memory_is_small(idle, loss):
+    """Extra memory against one (H, N, N) float32 tensor of the teacher, at N = 4096."""
+    inputs = make_inputs(num_tokens=4096, loss=loss)
+    with LiveBytes() as memory:
+        _, dq, dk = backend.attention_map_loss(inputs)
+    assert memory.largest < 4096 * 4096 * 4
+    extra = memory.peak - sum(x.untyped_storage().nbytes() for x in (*dq, *dk))
+    assert extra < 28 * 4096 * 4096 * 4 / 20, extra
+
+
+def test_teacher_maps_of_overlapping_groups_are_made_once_and_their_room_is_reused(idle):
+    inputs = make_inputs(num_layers=4, num_teachers=6)
+    backend.attention_map_loss(inputs)
+    names = [each[0].__name__ for each in idle]
+    assert names.count("map_kernel") == 6  # one chunk
+    targets = {args[3].data_ptr() for kernel, args, _, _ in idle if kernel.__name__ == "map_kernel"}
+    assert len(targets) == 3  # as many as one group has members
+
+
+def test_more_maps_at_once_than_two_words_name_are_refused(idle):
+    with pytest.raises(NotImplementedError, match="63 teacher maps"):
+        backend.attention_map_loss(make_inputs(num_tokens=4, num_teachers=63))
+
+
+def test_gradients_that_nobody_wants_are_not_computed(idle):
+    from dataclasses import replace
+
+    inputs = replace(make_inputs(), needs_dq=(False,), needs_dk=(False,))
+    _, dq, dk = backend.attention_map_loss(inputs)
+    assert dq == [None] and dk == [None]
+    assert {each[0].__name__ for each in idle} == {"lse_kernel", "map_kernel", "mse_kernel"}
+
+
+def test_a_new_length_or_batch_compiles_nothing_new(run_python):
+    """The compiler's key of every launch is the same for other N and B, odd ones too."""
+    code = """
+import sys
+import torch
+from triton.backends.nvidia.compiler import CUDABackend
+from triton._C.libtriton import native_specialize_impl
+from triton.runtime.jit import JITFunction
+from tests.kernels.test_triton_contracts import backend, make_inputs
+
+keys = set()
+def run(self, *args, grid, warmup=False, **kwargs):
+    values = dict(zip(self.arg_names, args)) | kwargs
+    key = [self.__name__]
+    for p in self.params:
+        value = values[p.name]
+        if p.is_constexpr:
+            key.append(value)
+        else:
+            key.append(native_specialize_impl(
+                CUDABackend, value, p.is_const, not p.do_not_specialize,
+                not p.do_not_specialize_on_alignment))
+    keys.add(tuple(map(str, key)))
+JITFunction.run = run
+
+for loss in ("mse", "cosine", "kl"):
+    for vision in (0, 17):
+        counts = []
+        for B, N in ((1, 64), (2, 333), (3, 1024), (1, 1), (16, 47), (1, 4111)):
+            if N < 4 and vision:
+                continue
+            backend.attention_map_loss(make_inputs(
+                num_samples=B, num_tokens=N, loss=loss, num_vision=vision, padded=bool(vision)))
+            counts.append(len(keys))
+        assert len(set(counts)) == 1, (loss, vision, counts)
+print(len(keys))
+"""
+    assert int(run_python(code, TRITON_INTERPRET="0")) > 5
