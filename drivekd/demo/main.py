@@ -46,8 +46,8 @@ NOTES = (
     "The teachers saw all training frames, the students a fixed random 15 % of them: what students "
     "gain from teachers, they gain there. With all frames distillation has only been seen to speed "
     "training up; that is not run here.",
-    "Arms are compared at equal steps. Whether a gain is more than a head start, only the row of "
-    "longer CE training tells (with --full); the table of CPU seconds says what each arm cost.",
+    "Arms are compared at equal steps. Whether a gain is more than a head start, only the two arms "
+    "trained 3.3 times as long tell (with --full); the table of CPU seconds says what each cost.",
     "The three capability teachers start from one jointly trained model; the time it took to train "
     "them is not counted in any arm.",
     "A blank image is the empty road. An answer whose letter and words contradict each other is "
