@@ -115,12 +115,15 @@ def delta_kernel(
     i = row_tokens(rows_ptr, b, first_slot + slot, live, N)
     first, last = row_span(first_ptr, last_ptr, b, i, live, N)
     tag = row_tags(tags_ptr, b, i, live, N)
-    stride_k = tl.cast(stride_k_n, tl.int64) * ALIGN_K
+    stride_k = stride_k_n * ALIGN_K
     q_ptr += b * stride_q_b * ALIGN_Q
     k_ptr += (b * stride_k_b + kv.to(tl.int64) * stride_k_h) * ALIGN_K
     q = _load_packed(q_ptr, h, i, live, stride_q_h, stride_q_n, ALIGN_Q, D, BLOCK_D)
-    lse2 = tl.load(lse2_ptr + (b * H + h) * N + i, mask=live, other=float("inf"))
-    row = b * stride_map_b * ALIGN_MAP + slot.to(tl.int64) * stride_map_s * ALIGN_MAP
+    lse2 = tl.load(lse2_ptr + b * H * N + (h * N + i), mask=live, other=float("inf"))
+    row = slot * (stride_map_s * ALIGN_MAP)
+    w_ptr += b * stride_map_b * ALIGN_MAP
+    if log_ptr is not None:
+        log_ptr += b * stride_map_b * ALIGN_MAP
 
     delta = tl.zeros([BLOCK_Q], tl.float32)
     begin, full_begin, full_end, end = tile_span(first, last, live, tag, N, tags_ptr, BLOCK_K)
@@ -128,7 +131,9 @@ def delta_kernel(
         j = n + tl.arange(0, BLOCK_K)
         k = load_rows(k_ptr, stride_k, j, None, D, BLOCK_D)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 - lse2[:, None]
-        inside = live[:, None] & _of_region(j, j < N, vision_ptr, b, N)[None, :]
+        inside = live[:, None]
+        if vision_ptr is not None:
+            inside = inside & (tl.load(vision_ptr + b * N + j) != 0)[None, :]
         r, w = _ratio(x, row[:, None] + j[None, :], inside, w_ptr, log_ptr)
         delta += tl.sum(r * w, 1)
     for t in range(count_masked(begin, full_begin, full_end, end, BLOCK_K)):
@@ -142,7 +147,7 @@ def delta_kernel(
         inside = seen & _of_region(j, j < N, vision_ptr, b, N)[None, :]
         r, w = _ratio(x, row[:, None] + j[None, :], inside, w_ptr, log_ptr)
         delta += tl.sum(tl.where(inside, r * w, 0.0), 1)
-    tl.store(delta_ptr + (b * H + h) * num_slots + slot, delta, mask=live)
+    tl.store(delta_ptr + b * H * num_slots + (h * num_slots + slot), delta, mask=live)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -202,19 +207,22 @@ def dq_kernel(
     i = row_tokens(rows_ptr, b, first_slot + slot, live, N)
     first, last = row_span(first_ptr, last_ptr, b, i, live, N)
     tag = row_tags(tags_ptr, b, i, live, N)
-    stride_k = tl.cast(stride_k_n, tl.int64) * ALIGN_K
+    stride_k = stride_k_n * ALIGN_K
     q_ptr += b * stride_q_b * ALIGN_Q
     k_ptr += (b * stride_k_b + kv.to(tl.int64) * stride_k_h) * ALIGN_K
     q = _load_packed(q_ptr, h, i, live, stride_q_h, stride_q_n, ALIGN_Q, D, BLOCK_D)
-    lse2 = tl.load(lse2_ptr + (b * H + h) * N + i, mask=live, other=float("inf"))
-    row = b * stride_map_b * ALIGN_MAP + slot.to(tl.int64) * stride_map_s * ALIGN_MAP
-    delta_ptr += (b * H + h) * num_slots + slot
+    lse2 = tl.load(lse2_ptr + b * H * N + (h * N + i), mask=live, other=float("inf"))
+    row = slot * (stride_map_s * ALIGN_MAP)
+    w_ptr += b * stride_map_b * ALIGN_MAP
+    if log_ptr is not None:
+        log_ptr += b * stride_map_b * ALIGN_MAP
+    delta_ptr += b * H * num_slots + (h * num_slots + slot)
 
     centre = tl.zeros([BLOCK_Q], tl.float32)
     if ONE_PASS:
         delta = tl.zeros([BLOCK_Q], tl.float32)
         if centres_ptr is not None:
-            centre_ptr = centres_ptr + (b * num_slots + slot) * num_tiles
+            centre_ptr = centres_ptr + b * num_slots * num_tiles + slot * num_tiles
             for t in range(num_tiles):
                 centre += tl.load(centre_ptr + t, mask=live, other=0.0)
     else:
@@ -227,7 +235,9 @@ def dq_kernel(
         j = n + tl.arange(0, BLOCK_K)
         k = load_rows(k_ptr, stride_k, j, None, D, BLOCK_D)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 - lse2[:, None]
-        inside = live[:, None] & _of_region(j, j < N, vision_ptr, b, N)[None, :]
+        inside = live[:, None]
+        if vision_ptr is not None:
+            inside = inside & (tl.load(vision_ptr + b * N + j) != 0)[None, :]
         cells = row[:, None] + j[None, :]
         r, w = _ratio(x, cells, inside, w_ptr, log_ptr)
         p = _mass(r, cells, inside, log_ptr)
@@ -262,8 +272,7 @@ def dq_kernel(
         a = a - delta[:, None] * o
         tl.store(delta_ptr, delta + centre, mask=live)
     d = tl.arange(0, BLOCK_D)
-    dq_ptr += b * stride_dq_b + h[:, None].to(tl.int64) * stride_dq_h
-    dq_ptr += i[:, None].to(tl.int64) * stride_dq_n + d[None, :]
+    dq_ptr += b * stride_dq_b + (h * stride_dq_h + i * stride_dq_n)[:, None] + d[None, :]
     tl.store(dq_ptr, a * factor, mask=live[:, None] & (d < D)[None, :])
 
 
@@ -304,7 +313,7 @@ def _load_packed(
 ):
     """(rows, BLOCK_D), every row of its own head."""
     d = tl.arange(0, BLOCK_D)
-    rows = (h.to(tl.int64) * stride_q_h + i.to(tl.int64) * stride_q_n) * ALIGN_Q
+    rows = (h * stride_q_h + i * stride_q_n) * ALIGN_Q
     mask = live[:, None] & (d < D)[None, :]
     return tl.load(q_ptr + rows[:, None] + d[None, :], mask=mask, other=0.0)
 
@@ -383,20 +392,22 @@ def dk_kernel(
     if begin >= end:
         return
     k_ptr += (b * stride_k_b + kv * stride_k_h) * ALIGN_K
-    k = load_rows(k_ptr, tl.cast(stride_k_n, tl.int64) * ALIGN_K, j, key_live, D, BLOCK_D)
+    k = load_rows(k_ptr, stride_k_n * ALIGN_K, j, key_live, D, BLOCK_D)
     region = _of_region(j, j < N, vision_ptr, b, N)
     q_ptr += (b * stride_q_b + kv * GROUP * stride_q_h) * ALIGN_Q
     lse2_ptr += (b * H + kv * GROUP) * N
     delta_ptr += (b * H + kv * GROUP) * num_slots
-    map_row = b * stride_map_b * ALIGN_MAP
-    stride_s = tl.cast(stride_map_s, tl.int64) * ALIGN_MAP
+    stride_s = stride_map_s * ALIGN_MAP
+    w_ptr += b * stride_map_b * ALIGN_MAP
+    if log_ptr is not None:
+        log_ptr += b * stride_map_b * ALIGN_MAP
 
     acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for m in range(full_begin, full_end, BLOCK_Q):
         slot = m + tl.arange(0, BLOCK_Q)
         i = row_tokens(rows_ptr, b, first_slot + slot, slot < split_end, N)
-        cells = map_row + slot[None, :].to(tl.int64) * stride_s + j[:, None]
-        inside = region[:, None] & (slot < split_end)[None, :]
+        cells = slot[None, :] * stride_s + j[:, None]
+        inside = region[:, None]
         acc = _dk_rows(
             acc, k, q_ptr, lse2_ptr, w_ptr, log_ptr, delta_ptr, cells, inside, inside, i, slot,
             None, N, num_slots, stride_q_h, stride_q_n, scale2, False, GROUP, D, BLOCK_D, ALIGN_Q,
@@ -411,7 +422,7 @@ def dk_kernel(
         seen = sees(
             first[None, :], last[None, :], tag[None, :], j[:, None], key_tag[:, None], tags_ptr
         )
-        cells = map_row + slot[None, :].to(tl.int64) * stride_s + j[:, None]
+        cells = slot[None, :] * stride_s + j[:, None]
         acc = _dk_rows(
             acc, k, q_ptr, lse2_ptr, w_ptr, log_ptr, delta_ptr, cells, seen & region[:, None], seen,
             i, slot, live, N, num_slots, stride_q_h, stride_q_n, scale2, True, GROUP, D, BLOCK_D,
@@ -419,7 +430,7 @@ def dk_kernel(
         )  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     plane = ((split * (tl.num_programs(2) // num_splits) + b) * (H // GROUP) + kv) * N
-    planes_ptr += (plane + j[:, None]) * D + d[None, :]
+    planes_ptr += plane * D + (j[:, None] * D + d[None, :])
     mask = key_live[:, None] & (d < D)[None, :]
     tl.store(planes_ptr, tl.load(planes_ptr, mask=mask, other=0.0) + acc * factor, mask=mask)
 
@@ -460,7 +471,7 @@ def _dk_rows(
         logs = tl.load(log_ptr + cells, mask=inside, other=0.0)
         p_mean = tl.exp2(logs)
     stride_h = tl.cast(stride_q_h, tl.int64) * ALIGN_Q
-    stride_n = tl.cast(stride_q_n, tl.int64) * ALIGN_Q
+    stride_n = stride_q_n * ALIGN_Q
     for g in tl.range(0, GROUP, num_stages=STAGES):
         q = load_rows(q_ptr + g * stride_h, stride_n, i, live, D, BLOCK_D)
         lse2 = load_vector(lse2_ptr + g * N + i, live, float("inf"))

@@ -69,8 +69,8 @@ def lse_kernel(
     tag = row_tags(tags_ptr, b, i, live, N)
     q_ptr += (b * stride_q_b + h.to(tl.int64) * stride_q_h) * ALIGN_Q
     k_ptr += (b * stride_k_b + (h // GROUP).to(tl.int64) * stride_k_h) * ALIGN_K
-    stride_k = tl.cast(stride_k_n, tl.int64) * ALIGN_K
-    q = load_rows(q_ptr, tl.cast(stride_q_n, tl.int64) * ALIGN_Q, i, live, D, BLOCK_D)
+    stride_k = stride_k_n * ALIGN_K
+    q = load_rows(q_ptr, stride_q_n * ALIGN_Q, i, live, D, BLOCK_D)
 
     top = tl.full([BLOCK_Q], -1e30, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)

@@ -44,6 +44,7 @@ RUNTIME = (
 
 @triton.jit
 def _head_mean(
+    total,
     q_ptr,
     k_ptr,
     lse2_ptr,
@@ -69,8 +70,7 @@ def _head_mean(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Mean over heads of 2^(scale2 q.k - lse2) in one tile, or its base-2 logarithm."""
-    total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    """Adds to total (0 if LOG) the mean over heads of 2^(scale2 q.k - lse2), or gives its log2."""
     top = tl.full([BLOCK_Q, BLOCK_K] if LOG else [1, 1], -1e30, tl.float32)
     for kv in range(H // GROUP):
         k = load_columns(k_ptr + kv * stride_k_h, stride_k_n, j, key_live, D, BLOCK_D)
@@ -140,6 +140,7 @@ def map_kernel(
     key_tag, key_live = key_tags(tags_ptr, b, j, N)
     tag = row_tags(tags_ptr, b, i, live, N)
     p = _head_mean(
+        tl.zeros([BLOCK_Q, BLOCK_K], tl.float32),
         q_ptr + b * stride_q_b * ALIGN_Q,
         k_ptr + b * stride_k_b * ALIGN_K,
         lse2_ptr,
@@ -150,9 +151,9 @@ def map_kernel(
         key_live,
         N,
         tl.cast(stride_q_h, tl.int64) * ALIGN_Q,
-        tl.cast(stride_q_n, tl.int64) * ALIGN_Q,
+        stride_q_n * ALIGN_Q,
         tl.cast(stride_k_h, tl.int64) * ALIGN_K,
-        tl.cast(stride_k_n, tl.int64) * ALIGN_K,
+        stride_k_n * ALIGN_K,
         scale2,
         log2_heads,
         LOG,
@@ -166,9 +167,8 @@ def map_kernel(
         PRECISION,
     )
     seen = sees(first[:, None], last[:, None], tag[:, None], j[None, :], key_tag[None, :], tags_ptr)
-    row_ptr = out_ptr + b * stride_map_b * ALIGN_MAP
-    row_ptr += slot.to(tl.int64) * (tl.cast(stride_map_s, tl.int64) * ALIGN_MAP)
-    tl.store(row_ptr[:, None] + j[None, :], p, mask=seen)
+    out_ptr += b * stride_map_b * ALIGN_MAP
+    tl.store(out_ptr + slot[:, None] * (stride_map_s * ALIGN_MAP) + j[None, :], p, mask=seen)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -228,15 +228,27 @@ def mse_kernel(
     i = row_tokens(rows_ptr, b, first_slot + slot, live, N)
     first, last = row_span(first_ptr, last_ptr, b, i, live, N)
     sums_ptr += (b * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    centres_ptr += (b * num_slots + slot) * tl.num_programs(0) + tl.program_id(0)
+    if centres_ptr is not None:
+        centres_ptr += b * num_slots * tl.num_programs(0) + tl.program_id(0)
+        centres_ptr += slot * tl.num_programs(0)
     if _nothing_to_see(first, last, j, vision_ptr, b, N):
         tl.store(sums_ptr, 0.0)
-        if w_ptr is not None:
+        if centres_ptr is not None:
             tl.store(centres_ptr, tl.zeros([BLOCK_Q], tl.float32), mask=slot < num_slots)
         return
     key_tag, key_live = key_tags(tags_ptr, b, j, N)
     tag = row_tags(tags_ptr, b, i, live, N)
-    p = _head_mean(
+    seen = sees(first[:, None], last[:, None], tag[:, None], j[None, :], key_tag[None, :], tags_ptr)
+    if vision_ptr is not None:
+        seen = seen & (tl.load(vision_ptr + b * N + j, mask=j < N, other=0) != 0)[None, :]
+    cells = slot[:, None] * (stride_map_s * ALIGN_MAP) + j[None, :]
+    targets_ptr += b * stride_map_b * ALIGN_MAP
+    stride_t = tl.cast(stride_map_t, tl.int64) * ALIGN_MAP
+    target = mean_of_maps(
+        targets_ptr, cells, seen, stride_t, members, more_members, share, 0.0, num_maps, False
+    )
+    gap = _head_mean(
+        -target,
         q_ptr + b * stride_q_b * ALIGN_Q,
         k_ptr + b * stride_k_b * ALIGN_K,
         lse2_ptr,
@@ -247,9 +259,9 @@ def mse_kernel(
         key_live,
         N,
         tl.cast(stride_q_h, tl.int64) * ALIGN_Q,
-        tl.cast(stride_q_n, tl.int64) * ALIGN_Q,
+        stride_q_n * ALIGN_Q,
         tl.cast(stride_k_h, tl.int64) * ALIGN_K,
-        tl.cast(stride_k_n, tl.int64) * ALIGN_K,
+        stride_k_n * ALIGN_K,
         scale2,
         log2_heads,
         False,
@@ -262,23 +274,17 @@ def mse_kernel(
         STAGES,
         PRECISION,
     )
-    seen = sees(first[:, None], last[:, None], tag[:, None], j[None, :], key_tag[None, :], tags_ptr)
-    if vision_ptr is not None:
-        seen = seen & (tl.load(vision_ptr + b * N + j, mask=j < N, other=0) != 0)[None, :]
-    row = b * stride_map_b * ALIGN_MAP
-    row += slot.to(tl.int64) * (tl.cast(stride_map_s, tl.int64) * ALIGN_MAP)
-    cells = row[:, None] + j[None, :]
-    stride_t = tl.cast(stride_map_t, tl.int64) * ALIGN_MAP
-    target = mean_of_maps(
-        targets_ptr, cells, seen, stride_t, members, more_members, share, 0.0, num_maps, False
-    )
-    gap = tl.where(seen, p - target, 0.0)
+    gap = tl.where(seen, gap, 0.0)
     tl.store(sums_ptr, tl.sum(gap * gap))
     if w_ptr is not None:
         w = (2.0 * gap).to(w_ptr.dtype.element_ty)
-        tl.store(w_ptr + cells, w, mask=seen)
-        products = tl.where(seen, p * w.to(tl.float32), 0.0)
-        tl.store(centres_ptr, tl.sum(products, 1), mask=slot < num_slots)
+        tl.store(w_ptr + b * stride_map_b * ALIGN_MAP + cells, w, mask=seen)
+    if centres_ptr is not None:
+        # The target is read again rather than held in registers over all heads.
+        p = gap + mean_of_maps(
+            targets_ptr, cells, seen, stride_t, members, more_members, share, 0.0, num_maps, False
+        )
+        tl.store(centres_ptr, tl.sum(p * w.to(tl.float32), 1), mask=slot < num_slots)
 
 
 @triton.jit

@@ -40,7 +40,6 @@ def _row_tile(
     rows_ptr,
     num_rows_ptr,
     N,
-    stride_map_b,
     stride_map_s,
     ALIGN_MAP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -52,8 +51,7 @@ def _row_tile(
     i = row_tokens(rows_ptr, b, first_slot + slot, live, N)
     first, last = row_span(first_ptr, last_ptr, b, i, live, N)
     tag = row_tags(tags_ptr, b, i, live, N)
-    row = b * stride_map_b * ALIGN_MAP + slot.to(tl.int64) * stride_map_s * ALIGN_MAP
-    return slot, first, last, tag, row
+    return slot, first, last, tag, slot * (stride_map_s * ALIGN_MAP)
 
 
 @triton.jit
@@ -160,8 +158,12 @@ def cosine_kernel(
     b = tl.program_id(1).to(tl.int64)
     slot, first, last, tag, row = _row_tile(
         b, first_slot, num_slots, first_ptr, last_ptr, tags_ptr, rows_ptr, num_rows_ptr, N,
-        stride_map_b, stride_map_s, ALIGN_MAP, BLOCK_Q,
+        stride_map_s, ALIGN_MAP, BLOCK_Q,
     )  # fmt: skip
+    map_ptr += b * stride_map_b * ALIGN_MAP
+    targets_ptr += b * stride_map_b * ALIGN_MAP
+    if w_ptr is not None:
+        w_ptr += b * stride_map_b * ALIGN_MAP
     stride_t = tl.cast(stride_map_t, tl.int64) * ALIGN_MAP
     begin, end = tl.min(first) // BLOCK_K * BLOCK_K, tl.max(last) + 1
 
@@ -244,8 +246,12 @@ def kl_kernel(
     b = tl.program_id(1).to(tl.int64)
     slot, first, last, tag, row = _row_tile(
         b, first_slot, num_slots, first_ptr, last_ptr, tags_ptr, rows_ptr, num_rows_ptr, N,
-        stride_map_b, stride_map_s, ALIGN_MAP, BLOCK_Q,
+        stride_map_s, ALIGN_MAP, BLOCK_Q,
     )  # fmt: skip
+    map_ptr += b * stride_map_b * ALIGN_MAP
+    targets_ptr += b * stride_map_b * ALIGN_MAP
+    if w_ptr is not None:
+        w_ptr += b * stride_map_b * ALIGN_MAP
     stride_t = tl.cast(stride_map_t, tl.int64) * ALIGN_MAP
     begin, end = tl.min(first) // BLOCK_K * BLOCK_K, tl.max(last) + 1
 

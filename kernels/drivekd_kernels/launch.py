@@ -168,7 +168,7 @@ def map_tile(heads: Heads, tokens: Tokens, chunk: Chunk, out: Tensor, *, log: bo
 
 def mse_size(heads: Heads, tokens: Tokens, chunk: Chunk) -> int:
     """Number of a sample's partial sums in `mse`."""
-    _, tile = _meta("map", heads.query, heads.key)
+    _, tile = _meta("mse", heads.query, heads.key)
     return _ceil(tokens.num_tokens, tile.k) * _ceil(chunk.count, tile.q)
 
 
@@ -193,12 +193,14 @@ def mse(
         sums: (B, `mse_size`) float32, contiguous, receives partial sums.
 
     Returns:
-        Centres (B, count, key tiles) if w is given, else None.
+        Centres (B, count, key tiles) if w is given and dq is made in one pass, else None.
     """
-    meta, tile = _meta("map", heads.query, heads.key)
+    meta, tile = _meta("mse", heads.query, heads.key)
     B, N = tokens.batch_size, tokens.num_tokens
     grid = (_ceil(N, tile.k), _ceil(chunk.count, tile.q), B)
-    centres = None if w is None else heads.lse2.new_empty((B, chunk.count, grid[0]))
+    centres = None
+    if w is not None and one_pass(heads.query.element_size(), _block_d(heads.query)):
+        centres = heads.lse2.new_empty((B, chunk.count, grid[0]))
     stride_t, stride_b, stride_s = (each // MAP_ALIGN for each in targets.stride()[:3])
     with _on(heads.query):
         attention_map.mse_kernel[grid](

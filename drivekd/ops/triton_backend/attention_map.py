@@ -18,6 +18,8 @@ from drivekd.ops.triton_backend.plan import Plan
 from drivekd.ops.triton_backend.tokens import kernel_tokens
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_MAP_ROWS = 16384  # rows of a whole map written by one launch
+_REACH = 2**31 - 1  # elements; offsets within a sample are 32 bit
 _DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,7 +31,9 @@ def attention_map(layer: AttentionLayer, layout: AttentionLayout, window: int | 
     tokens = kernel_tokens(layout, window, compact=False)
     out = torch.zeros((layout.batch_size, N, N), dtype=torch.float32, device=layout.device)
     heads = _heads(layer, tokens)
-    launch.map_tile(heads, tokens, launch.Chunk(0, N), out, log=False)
+    for first in range(0, N, _MAP_ROWS):
+        rows = out[:, first : first + _MAP_ROWS]
+        launch.map_tile(heads, tokens, launch.Chunk(first, rows.shape[1]), rows, log=False)
     return out
 
 
@@ -174,7 +178,7 @@ def _heads(layer: AttentionLayer, tokens: launch.Tokens) -> launch.Heads:
                 "Triton's interpreter multiplies the raw bits of bfloat16; "
                 "use float16 or float32 under TRITON_INTERPRET=1"
             )
-    query, key = _rows_contiguous(layer.query), _rows_contiguous(layer.key)
+    query, key = _addressable(layer.query), _addressable(layer.key)
     if layer.lse is None:
         lse2 = launch.lse(query, key, layer.scale, tokens)
     else:
@@ -182,5 +186,19 @@ def _heads(layer: AttentionLayer, tokens: launch.Tokens) -> launch.Heads:
     return launch.Heads(query, key, layer.scale, lse2)
 
 
-def _rows_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _addressable(tensor: Tensor) -> Tensor:
+    """Rows in one piece, and no offset within a sample that 32 bits do not hold.
+
+    Raises:
+        NotImplementedError: one sample has 2^31 elements.
+    """
+    _, heads, tokens, dim = tensor.shape
+    reach = (heads - 1) * tensor.stride(1) + (tokens - 1) * tensor.stride(2) + dim
+    if tensor.stride(-1) == 1 and reach <= _REACH:
+        return tensor
+    if heads * tokens * dim > _REACH:
+        raise NotImplementedError(
+            f"one sample has {heads} x {tokens} x {dim} elements; the triton backend addresses "
+            f"{_REACH} of them; use backend='torch'"
+        )
+    return tensor.contiguous()
