@@ -124,8 +124,8 @@ def _rows(launch: Launch, seen: Seen) -> Work:
     count = values.get("num_slots", seen.num_tokens)
     tiles = seen.row_tiles(first, count, values["BLOCK_Q"] // pack)
     whole, masked = tiles.span(values["BLOCK_K"])
-    _, y, _ = launch.grid
-    whole, masked = _spread(whole, y), _spread(masked, y)
+    heads = launch.grid[0]  # fastest; the last rows first
+    whole, masked = (np.repeat(each[:, ::-1].reshape(-1), heads) for each in (whole, masked))
     _check(launch, whole)
     cells = int((whole + masked).sum()) * values["BLOCK_Q"] * values["BLOCK_K"]
     none = np.zeros_like(whole)

@@ -123,7 +123,12 @@ class Call:
 
 
 def record(
-    pair: Pair, loss: str = "mse", dtype: torch.dtype = torch.bfloat16, *, lse: bool = False
+    pair: Pair,
+    loss: str = "mse",
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    arch: int = 90,
+    lse: bool = False,
 ) -> Call:
     """Loss and both gradients of one student layer against one teacher layer, causal.
 
@@ -131,6 +136,7 @@ def record(
         pair: the shape; with vision tokens the region is text rows x vision keys.
         loss: "mse", "cosine" or "kl".
         dtype: of q and k of both models.
+        arch: whose tiles are launched.
         lse: whether flash forwards left their log-sum-exp.
     """
     meta = torch.device("meta")
@@ -145,7 +151,7 @@ def record(
         needs_dk=(True,),
         dtype=torch.float32,
     )
-    with recorded() as launches, _Counter() as counter:
+    with _architecture(arch), recorded() as launches, _Counter() as counter:
         backend.attention_map_loss(inputs)
     tokens = kernel_tokens(_layout(pair, torch.device("cpu")), None, compact=True)
     return Call(launches, tokens, pair, counter.count)
@@ -167,27 +173,38 @@ class _Counter(TorchDispatchMode):
 
 @contextlib.contextmanager
 def tiles_replaced(
-    choose: Callable[[str, int, int], Tiles | None], *, one_pass: bool | None = None
+    choose: Callable[[str, int], Tiles | None], *, one_pass: bool | None = None
 ) -> Iterator[None]:
     """Other tile sizes than those that ship.
 
     Args:
-        choose: (pass, bytes of an element, padded head dim) -> tiles; None: those that ship.
+        choose: (pass, padded head dim) -> tiles; None: those that ship.
         one_pass: whether dq makes delta on the way; None: as shipped.
     """
     shipped, shipped_one_pass = launchers.tiles, launchers.one_pass
 
-    def tiles(kernel: str, itemsize: int, block_d: int) -> Tiles:
-        chosen = choose(kernel, itemsize, block_d)
-        return shipped(kernel, itemsize, block_d) if chosen is None else chosen
+    def tiles(kernel: str, arch: int, dtype: str, block_d: int, **variant: bool) -> Tiles:
+        chosen = choose(kernel, block_d)
+        return shipped(kernel, arch, dtype, block_d, **variant) if chosen is None else chosen
 
     launchers.tiles = tiles
     if one_pass is not None:
-        launchers.one_pass = lambda itemsize, block_d: one_pass
+        launchers.one_pass = lambda query: one_pass
     try:
         yield
     finally:
         launchers.tiles, launchers.one_pass = shipped, shipped_one_pass
+
+
+@contextlib.contextmanager
+def _architecture(arch: int) -> Iterator[None]:
+    """Launchers that choose tiles for a GPU that is not there."""
+    original = launchers.architecture
+    launchers.architecture = lambda tensor: arch
+    try:
+        yield
+    finally:
+        launchers.architecture = original
 
 
 def _layer(

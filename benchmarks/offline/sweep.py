@@ -1,6 +1,5 @@
 """Candidate tile sizes of one pass, compiled and ranked by predicted time."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,19 +33,8 @@ class Candidate:
 
 
 def parse_tiles(text: str) -> list[Tiles]:
-    """ "64x128w4s3p2,...": rows x keys, warps, stages, packed heads (default 1)."""
-    result = []
-    for each in text.split(","):
-        found = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(?:p(\d+))?", each.strip())
-        if not found:
-            raise ValueError(f"tiles {each!r}: want e.g. 64x128w4s3 or 64x64w4s2p2")
-        q, k, warps, stages = map(int, found.groups()[:4])
-        result.append(Tiles(q, k, warps, stages, int(found.group(5) or 1)))
-    return result
-
-
-def show_tiles(tiles: Tiles) -> str:
-    return f"{tiles.q}x{tiles.k}w{tiles.warps}s{tiles.stages}p{tiles.pack}"
+    """Comma-separated entries in the notation of the table."""
+    return [Tiles.parse(each) for each in text.split(",")]
 
 
 def default_tiles(name: str, block_d: int, itemsize: int) -> list[Tiles]:
@@ -100,11 +88,11 @@ def sweep(
     for one_pass in modes:
         for each in tiles or default_tiles(name, block_d, dtype.itemsize):
 
-            def choose(kernel: str, itemsize: int, width: int, each: Tiles = each) -> Tiles | None:
+            def choose(kernel: str, width: int, each: Tiles = each) -> Tiles | None:
                 return each if kernel in wanted and width == block_d else None
 
             with tiles_replaced(choose, one_pass=one_pass):
-                call = record(pair, loss, dtype)
+                call = record(pair, loss, dtype, arch=arch)
             launches = [launch for launch in call.launches if launch.name == name]
             if name == "lse":
                 launches = launches[:1]
@@ -143,7 +131,7 @@ def sweep_header() -> str:
 
 
 def sweep_row(each: Candidate) -> str:
-    name = show_tiles(each.tiles) + {True: "/1pass", False: "/2pass", None: ""}[each.one_pass]
+    name = str(each.tiles) + {True: "/1pass", False: "/2pass", None: ""}[each.one_pass]
     if each.compiled is None:
         return f"{name:>16} {each.error}"
     one = each.compiled

@@ -1,8 +1,9 @@
 """Log-sum-exp of every row of every head.
 
-Grid (row tiles, heads, samples). A program owns BLOCK_Q rows of one head and walks over the keys
-that they see, with an online softmax in base 2. Reads q once and k once per row tile, writes one
-float32 for each row: `lse2 = log2 sum_j 2^(scale2 q.k_j)`, +inf for a row that sees nothing.
+Grid (heads, row tiles, samples), the last rows first: they see the most keys. A program owns
+BLOCK_Q rows of one head and walks over the keys that they see, with an online softmax in base 2.
+Reads q once and k once per row tile, writes one float32 for each row:
+`lse2 = log2 sum_j 2^(scale2 q.k_j)`, +inf for a row that sees nothing.
 """
 
 import triton
@@ -58,7 +59,8 @@ def lse_kernel(
     PRECISION: tl.constexpr,
 ):
     """See the module."""
-    tile, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
     stop = count_rows(num_rows_ptr, b, N)
     if tile * BLOCK_Q >= stop:
         return
@@ -70,7 +72,7 @@ def lse_kernel(
     q_ptr += (b * stride_q_b + h.to(tl.int64) * stride_q_h) * ALIGN_Q
     k_ptr += (b * stride_k_b + (h // GROUP).to(tl.int64) * stride_k_h) * ALIGN_K
     stride_k = stride_k_n * ALIGN_K
-    q = load_rows(q_ptr, stride_q_n * ALIGN_Q, i, live, D, BLOCK_D)
+    q = load_rows(q_ptr, stride_q_n * ALIGN_Q, i, None, D, BLOCK_D)
 
     top = tl.full([BLOCK_Q], -1e30, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)

@@ -211,7 +211,7 @@ def cosine_kernel(
             gap = _scaled(x_t, scale_t, LOG) / norm_t - p / norm_s
             w = -(gap + loss[:, None] * (p / norm_s)) / norm_s
             w = w * p if LOG else w / scale_s[:, None]
-            tl.store(w_ptr + cells, w.to(w_ptr.dtype.element_ty), mask=seen)
+            tl.store(w_ptr + cells, tl.where(seen, w, 0.0).to(w_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -286,5 +286,6 @@ def kl_kernel(
         gap = tl.where(seen, (x_t - x_s) * LN2, 0.0)
         loss += tl.sum(p_t * gap + (p_s - p_t), 1)
         if w_ptr is not None:
-            tl.store(w_ptr + cells, (p_s - p_t).to(w_ptr.dtype.element_ty), mask=seen)
+            w = tl.where(seen, p_s - p_t, 0.0)
+            tl.store(w_ptr + cells, w.to(w_ptr.dtype.element_ty))
     tl.store(sums_ptr + b * num_slots + slot, tl.where(counts, loss, 0.0), mask=slot < num_slots)

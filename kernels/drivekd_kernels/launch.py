@@ -1,7 +1,7 @@
 """Launchers: allocate, choose tiles, pass strides, enter the device; one for each kernel.
 
 Vectors about tokens are int32 (B, N), contiguous. Maps of a chunk of rows live in workspaces
-(maps, B, slots, keys), keys padded to a multiple of 16.
+(maps, B, slots, keys), slots and keys padded to whole tiles (`map_shape`).
 """
 
 import contextlib
@@ -14,13 +14,21 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from drivekd_kernels import attention_grad, attention_lse, attention_map, attention_rows
-from drivekd_kernels.tuned import ROW_TILES, Tiles, one_pass, tiles
+from drivekd_kernels import (
+    attention_dk,
+    attention_dq,
+    attention_lse,
+    attention_map,
+    attention_rows,
+)
+from drivekd_kernels.tuned import ONE_PASS_DIM, ROW_TILES, Tiles, tiles
 
 LOG2E = 1 / math.log(2)
 MAP_ALIGN = 16  # elements; rows of workspaces start at multiples of it
+MAP_ROWS, MAP_KEYS = 64, 128  # workspaces hold whole tiles of so many slots and keys
 DK_PROGRAMS = 528  # wanted of dk: two waves of two a multiprocessor
 MAX_SPLITS = 8
+MIN_SHARE = 0.93  # of a tile's rows that hold something when query heads are packed
 MAX_MAPS = 62  # bits of the two words that name the members of a group
 
 
@@ -38,6 +46,7 @@ class Tokens:
         slots: (B, N + 1) how many of `rows` come before each token; None with `rows`.
         num_rows: (B,) length of each sample's `rows`; None with `rows`.
         vision: (B, N) int8, keys of the region; None: all.
+        before: (B, N + 1) how many keys of the region come before each token; None with `vision`.
         num_tokens: N.
         batch_size: B.
     """
@@ -51,6 +60,7 @@ class Tokens:
     slots: Tensor | None
     num_rows: Tensor | None
     vision: Tensor | None
+    before: Tensor | None
 
     @property
     def batch_size(self) -> int:
@@ -104,7 +114,7 @@ def lse(query: Tensor, key: Tensor, scale: float, tokens: Tokens) -> Tensor:
     B, H, N, _ = query.shape
     lse2 = query.new_empty((B, H, N), dtype=torch.float32)
     meta, tile = _meta("lse", query, key)
-    grid = (_ceil(N, tile.q), H, B)
+    grid = (H, _ceil(N, tile.q), B)
     with _on(query):
         attention_lse.lse_kernel[grid](
             query,
@@ -128,14 +138,15 @@ def lse(query: Tensor, key: Tensor, scale: float, tokens: Tokens) -> Tensor:
 
 
 def map_tile(heads: Heads, tokens: Tokens, chunk: Chunk, out: Tensor, *, log: bool) -> None:
-    """Head-mean map of a chunk, or its base-2 logarithm, into out (B, >= count, >= N) float32.
+    """Head-mean map of a chunk, or its base-2 logarithm, into a workspace (B, slots, keys) float32.
 
-    Cells that nobody sees, and tiles without a vision key where there is a region, are left alone.
+    0 where a cell is not visible or not in the region, but tiles without a cell of it are left
+    alone.
     """
-    meta, tile = _meta("map", heads.query, heads.key)
+    region = tokens.vision is not None
+    meta, tile = _meta("map", heads.query, heads.key, log=log, region=region)
     N = tokens.num_tokens
     grid = (_ceil(N, tile.k), _ceil(chunk.count, tile.q), tokens.batch_size)
-    stride_b, stride_s, align = _map_strides(out)
     with _on(heads.query):
         attention_map.map_kernel[grid](
             heads.query,
@@ -148,17 +159,17 @@ def map_tile(heads: Heads, tokens: Tokens, chunk: Chunk, out: Tensor, *, log: bo
             tokens.rows,
             tokens.num_rows,
             tokens.vision,
+            tokens.before,
             N,
             chunk.first,
             chunk.count,
             *_strides(heads.query),
             *_strides(heads.key),
-            stride_b,
-            stride_s,
+            *(each // MAP_ALIGN for each in out.stride()[:2]),
             heads.scale * LOG2E,
             math.log2(heads.num_heads),
             LOG=log,
-            ALIGN_MAP=align,
+            ALIGN_MAP=MAP_ALIGN,
             STAGES=tile.stages,
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -168,7 +179,7 @@ def map_tile(heads: Heads, tokens: Tokens, chunk: Chunk, out: Tensor, *, log: bo
 
 def mse_size(heads: Heads, tokens: Tokens, chunk: Chunk) -> int:
     """Number of a sample's partial sums in `mse`."""
-    _, tile = _meta("mse", heads.query, heads.key)
+    _, tile = _meta("mse", heads.query, heads.key, region=tokens.vision is not None)
     return _ceil(tokens.num_tokens, tile.k) * _ceil(chunk.count, tile.q)
 
 
@@ -180,7 +191,7 @@ def mse(
     group: Group,
     w: Tensor | None,
     sums: Tensor,
-) -> Tensor | None:
+) -> None:
     """Squared error of a chunk's map against the mean of some maps.
 
     Args:
@@ -191,16 +202,10 @@ def mse(
         group: which of them.
         w: (B, slots, keys) receives dL/dP; None where no gradient is wanted.
         sums: (B, `mse_size`) float32, contiguous, receives partial sums.
-
-    Returns:
-        Centres (B, count, key tiles) if w is given and dq is made in one pass, else None.
     """
-    meta, tile = _meta("mse", heads.query, heads.key)
+    meta, tile = _meta("mse", heads.query, heads.key, region=tokens.vision is not None)
     B, N = tokens.batch_size, tokens.num_tokens
     grid = (_ceil(N, tile.k), _ceil(chunk.count, tile.q), B)
-    centres = None
-    if w is not None and one_pass(heads.query.element_size(), _block_d(heads.query)):
-        centres = heads.lse2.new_empty((B, chunk.count, grid[0]))
     stride_t, stride_b, stride_s = (each // MAP_ALIGN for each in targets.stride()[:3])
     with _on(heads.query):
         attention_map.mse_kernel[grid](
@@ -210,13 +215,13 @@ def mse(
             targets,
             w,
             sums,
-            centres,
             tokens.first,
             tokens.last,
             tokens.tags,
             tokens.rows,
             tokens.num_rows,
             tokens.vision,
+            tokens.before,
             N,
             chunk.first,
             chunk.count,
@@ -236,7 +241,6 @@ def mse(
             num_stages=tile.stages,
             **meta,
         )
-    return centres
 
 
 def row_loss(
@@ -300,9 +304,9 @@ def row_loss(
 def delta(heads: Heads, tokens: Tokens, chunk: Chunk, w: Tensor, logs: Tensor | None) -> Tensor:
     """Delta (B, H, count) float32 of a chunk."""
     result = heads.lse2.new_empty((tokens.batch_size, heads.num_heads, chunk.count))
-    meta, tile = _meta("delta", heads.query, heads.key, packs=True)
+    meta, tile = _gradient_meta("delta", heads, tokens, log=logs is not None)
     with _on(heads.query):
-        attention_grad.delta_kernel[_packed_grid(heads, tokens, chunk, tile)](
+        attention_dq.delta_kernel[_packed_grid(heads, chunk, tile)](
             heads.query,
             heads.key,
             heads.lse2,
@@ -314,7 +318,7 @@ def delta(heads: Heads, tokens: Tokens, chunk: Chunk, w: Tensor, logs: Tensor | 
             tokens.tags,
             tokens.rows,
             tokens.num_rows,
-            tokens.vision,
+            tokens.before,
             tokens.num_tokens,
             chunk.first,
             chunk.count,
@@ -337,25 +341,22 @@ def dq(
     chunk: Chunk,
     w: Tensor,
     logs: Tensor | None,
-    centres: Tensor | None,
     out: Tensor,
 ) -> Tensor:
     """Write dq of a chunk's rows to out (B, H, N, D) float32; return delta (B, H, slots)."""
-    itemsize, block_d = heads.query.element_size(), _block_d(heads.query)
-    single = one_pass(itemsize, block_d)
-    meta, tile = _meta("dq", heads.query, heads.key, packs=True)
+    single = one_pass(heads.query)
+    meta, tile = _gradient_meta("dq", heads, tokens, log=logs is not None)
     if single:
         deltas = heads.lse2.new_empty((tokens.batch_size, heads.num_heads, chunk.count))
     else:
         deltas = delta(heads, tokens, chunk, w, logs)
     with _on(heads.query):
-        attention_grad.dq_kernel[_packed_grid(heads, tokens, chunk, tile)](
+        attention_dq.dq_kernel[_packed_grid(heads, chunk, tile)](
             heads.query,
             heads.key,
             heads.lse2,
             w,
             logs,
-            centres,
             deltas,
             out,
             tokens.first,
@@ -363,7 +364,7 @@ def dq(
             tokens.tags,
             tokens.rows,
             tokens.num_rows,
-            tokens.vision,
+            tokens.before,
             tokens.num_tokens,
             chunk.first,
             chunk.count,
@@ -373,7 +374,6 @@ def dq(
             *(each // MAP_ALIGN for each in w.stride()[:2]),
             heads.scale * LOG2E,
             heads.scale / heads.num_heads,
-            0 if centres is None else centres.shape[-1],
             ONE_PASS=single,
             ALIGN_MAP=MAP_ALIGN,
             STAGES=tile.stages,
@@ -385,9 +385,9 @@ def dq(
     return deltas
 
 
-def dk_splits(heads: Heads, tokens: Tokens, chunk: Chunk) -> int:
+def dk_splits(heads: Heads, tokens: Tokens, chunk: Chunk, *, log: bool) -> int:
     """Planes of dk that give enough programs: key tiles alone may be few."""
-    _, tile = _meta("dk", heads.query, heads.key)
+    _, tile = _gradient_meta("dk", heads, tokens, log=log)
     programs = _ceil(tokens.num_tokens, tile.k) * heads.key.shape[1] * tokens.batch_size
     row_tiles = _ceil(chunk.count, tile.q)
     return max(1, min(_ceil(DK_PROGRAMS, programs), row_tiles, MAX_SPLITS))
@@ -403,12 +403,12 @@ def dk(
     planes: Tensor,
 ) -> None:
     """Add a chunk's gradient in k to planes (splits, B, H_kv, N, D) float32, contiguous."""
-    meta, tile = _meta("dk", heads.query, heads.key)
+    meta, tile = _gradient_meta("dk", heads, tokens, log=logs is not None)
     splits, N = planes.shape[0], tokens.num_tokens
     split_slots = _ceil(_ceil(chunk.count, splits), tile.q) * tile.q
     grid = (_ceil(N, tile.k), heads.key.shape[1], tokens.batch_size * splits)
     with _on(heads.query):
-        attention_grad.dk_kernel[grid](
+        attention_dk.dk_kernel[grid](
             heads.query,
             heads.key,
             heads.lse2,
@@ -424,7 +424,7 @@ def dk(
             tokens.rows,
             tokens.slots,
             tokens.num_rows,
-            tokens.vision,
+            tokens.before,
             N,
             chunk.first,
             chunk.count,
@@ -444,18 +444,38 @@ def dk(
         )
 
 
-def map_width(num_tokens: int) -> int:
-    """Keys of a workspace's row."""
-    return _ceil(num_tokens, MAP_ALIGN) * MAP_ALIGN
+def map_shape(num_rows: int, num_tokens: int) -> tuple[int, int]:
+    """Slots and keys of a workspace."""
+    return _ceil(num_rows, MAP_ROWS) * MAP_ROWS, _ceil(num_tokens, MAP_KEYS) * MAP_KEYS
+
+
+def architecture(tensor: Tensor) -> int:
+    """Compute capability of a tensor's GPU, 90 for 9.0; that of an H200 where there is none."""
+    if tensor.device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+def one_pass(query: Tensor) -> bool:
+    """Whether dq makes delta on the way."""
+    return _block_d(query) <= ONE_PASS_DIM
 
 
 def _meta(
-    kernel: str, query: Tensor, key: Tensor, *, packs: bool = False
+    kernel: str,
+    query: Tensor,
+    key: Tensor,
+    *,
+    log: bool = False,
+    region: bool = False,
+    packs: bool = False,
 ) -> tuple[dict[str, Any], Tiles]:
     """What the kernels of one model must know when they are compiled, and the tile sizes."""
     H, D, block_d = query.shape[1], query.shape[3], _block_d(query)
     group = H // key.shape[1]
-    tile = tiles(kernel, query.element_size(), block_d)
+    dtype = str(query.dtype).removeprefix("torch.")
+    tile = tiles(kernel, architecture(query), dtype, block_d, log=log, region=region)
     meta: dict[str, Any] = {
         "H": H,
         "GROUP": group,
@@ -467,16 +487,36 @@ def _meta(
         "BLOCK_K": tile.k,
         "PRECISION": "ieee",
     }
+    if kernel in ("map", "mse", "dk"):
+        meta |= {"PART": tile.k // tile.parts, "PARTS": tile.parts}
     if packs:
-        meta["PACK"] = min(tile.pack, _power_of_2(group))
+        meta["PACK"] = _pack(group, tile)
     return meta, tile
 
 
-def _packed_grid(heads: Heads, tokens: Tokens, chunk: Chunk, tile: Tiles) -> tuple[int, int, int]:
-    group = heads.num_heads // heads.key.shape[1]
-    pack = min(tile.pack, _power_of_2(group))
-    row_tiles = _ceil(chunk.count, tile.q // pack)
-    return row_tiles, heads.key.shape[1] * _ceil(group, pack), tokens.batch_size
+def _gradient_meta(
+    kernel: str, heads: Heads, tokens: Tokens, *, log: bool
+) -> tuple[dict[str, Any], Tiles]:
+    region = tokens.vision is not None
+    packs = kernel != "dk"
+    return _meta(kernel, heads.query, heads.key, log=log, region=region, packs=packs)
+
+
+def _packed_grid(heads: Heads, chunk: Chunk, tile: Tiles) -> tuple[int, int, int]:
+    batch_size, num_heads = heads.lse2.shape[:2]
+    num_key_heads = heads.key.shape[1]
+    group = num_heads // num_key_heads
+    pack = _pack(group, tile)
+    return num_key_heads * _ceil(group, pack), _ceil(chunk.count, tile.q // pack), batch_size
+
+
+def _pack(group: int, tile: Tiles) -> int:
+    """Query heads of a group that share a tile of rows: many, but few rows may stay empty."""
+
+    def share(pack: int) -> float:
+        return group / (_ceil(group, pack) * pack) * (tile.q // pack * pack) / tile.q
+
+    return max(pack for pack in range(1, min(group, tile.pack) + 1) if share(pack) >= MIN_SHARE)
 
 
 def _grad_dtype(query: Tensor) -> dict[str, Any]:
@@ -513,13 +553,6 @@ def _strides(tensor: Tensor) -> tuple[int, int, int]:
     align = _align(tensor)
     b, h, n = (stride // align for stride in tensor.stride()[:3])
     return b, h, n
-
-
-def _map_strides(out: Tensor) -> tuple[int, int, int]:
-    """Strides of samples and rows of a map in units of the third value."""
-    stride_b, stride_s = out.stride()[:2]
-    align = MAP_ALIGN if stride_b % MAP_ALIGN == 0 and stride_s % MAP_ALIGN == 0 else 1
-    return stride_b // align, stride_s // align, align
 
 
 @contextlib.contextmanager

@@ -22,8 +22,10 @@ def count_rows(num_rows_ptr, b, N):
 
 @triton.jit
 def row_tokens(rows_ptr, b, slot, live, N):
-    """Token of each slot; 0 where there is none."""
-    if rows_ptr is not None:
+    """Token of each slot; 0 where there is none. `live` may be None: all are."""
+    if live is None:
+        return slot if rows_ptr is None else tl.load(rows_ptr + b * N + slot)
+    elif rows_ptr is not None:
         return tl.load(rows_ptr + b * N + slot, mask=live, other=0)
     else:
         return tl.where(live, slot, 0)
@@ -57,6 +59,22 @@ def load_columns(ptr, stride_n, j, live, D: tl.constexpr, BLOCK_D: tl.constexpr)
         return tl.load(ptrs, mask=live[None, :], other=0.0)
     else:
         return tl.load(ptrs, mask=live[None, :] & (d < D)[:, None], other=0.0)
+
+
+@triton.jit
+def load_cells(ptr, cells, seen, some):
+    """Cells of a workspace in float32, 0 where not seen.
+
+    seen: which cells; None: all. some: whether the tile holds a cell of the region, else nothing
+    was written there; None: every tile does. A mask of each cell would be a load of each cell.
+    """
+    if some is not None:
+        x = tl.load(ptr + cells, mask=some, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(ptr + cells).to(tl.float32)
+    if seen is not None:
+        x = tl.where(seen, x, 0.0)
+    return x
 
 
 @triton.jit
@@ -131,6 +149,13 @@ def masked_tile(t, begin, full_begin, full_end, BLOCK: tl.constexpr):
 def count_masked(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
     """Number of masked tiles."""
     return (full_begin - begin + end - full_end) // BLOCK
+
+
+@triton.jit
+def count_region(before_ptr, b, n, BLOCK: tl.constexpr, N):
+    """Keys of the region among n .. n + BLOCK, from how many come before each key."""
+    before_ptr += b * (N + 1)
+    return tl.load(before_ptr + tl.minimum(n + BLOCK, N)) - tl.load(before_ptr + n)
 
 
 @triton.jit

@@ -1,10 +1,15 @@
-"""Tile sizes: data only, one table by pass, width of the operands and padded head dim.
+"""Tile sizes: data only. How the entries were chosen: README.md, `python -m benchmarks.offline`.
 
-`q` rows and `k` keys of a tile, `warps` of a program, `stages` of its pipelined loop, `pack` query
-heads that a tile of rows holds. How the entries were chosen: README.md.
+An entry reads `64x256w4s2p1x4`: rows x keys of a tile, warps of a program, stages of its pipelined
+loop, query heads that a tile of rows holds at most (p, default 1), and parts of the keys that are
+multiplied one after the other (x, default 1).
 """
 
+import functools
+import re
 from dataclasses import dataclass
+
+_ENTRY = re.compile(r"(\d+)x(\d+)w(\d+)s(\d+)(?:p(\d+))?(?:x(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -16,33 +21,84 @@ class Tiles:
     warps: int
     stages: int
     pack: int = 1
+    parts: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Tiles":
+        """Tiles from the notation of the table.
+
+        Raises:
+            ValueError: The text is none.
+        """
+        found = _ENTRY.fullmatch(text.strip())
+        if not found:
+            raise ValueError(f"tiles {text!r}: want e.g. 64x128w4s3, 64x64w4s2p2 or 64x256w4s2p1x4")
+        q, k, warps, stages, pack, parts = (int(each or 1) for each in found.groups())
+        return cls(q, k, warps, stages, pack, parts)
+
+    def __str__(self) -> str:
+        return f"{self.q}x{self.k}w{self.warps}s{self.stages}p{self.pack}x{self.parts}"
 
 
-ROW_TILES = Tiles(8, 256, 4, 1)
+ROW_TILES = Tiles(16, 128, 4, 1)
 
-# (pass, bytes of an element) -> padded head dim -> tiles; a head dim takes the next larger entry.
-TILES: dict[tuple[str, int], dict[int, Tiles]] = {
-    ("lse", 2): {64: Tiles(128, 128, 8, 2), 128: Tiles(128, 64, 4, 3), 256: Tiles(64, 64, 4, 2)},
-    ("map", 2): {64: Tiles(64, 128, 4, 2), 128: Tiles(64, 128, 4, 2), 256: Tiles(64, 32, 4, 2)},
-    ("mse", 2): {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
-    ("delta", 2): {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
-    ("dq", 2): {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(128, 32, 8, 2)},
-    ("dk", 2): {64: Tiles(16, 64, 4, 2), 128: Tiles(32, 64, 4, 2), 256: Tiles(16, 64, 4, 2)},
-    ("lse", 4): {64: Tiles(16, 32, 4, 2), 128: Tiles(16, 16, 4, 1), 256: Tiles(16, 32, 4, 1)},
-    ("map", 4): {64: Tiles(32, 64, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(16, 32, 4, 1)},
-    ("mse", 4): {64: Tiles(16, 32, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(16, 32, 4, 1)},
-    ("delta", 4): {64: Tiles(32, 32, 4, 2), 128: Tiles(16, 32, 4, 1), 256: Tiles(16, 32, 4, 1)},
-    ("dq", 4): {64: Tiles(32, 32, 4, 2), 128: Tiles(16, 16, 4, 1), 256: Tiles(16, 32, 4, 1)},
-    ("dk", 4): {64: Tiles(32, 32, 4, 2), 128: Tiles(16, 16, 4, 1), 256: Tiles(32, 16, 4, 1)},
+# (architecture, dtype) -> pass -> entries for padded head dims of up to 64, 128 and 256. A pass may
+# have entries of its own where maps are logarithms (`_log`) and where the region is text rows x
+# vision keys (`_region`), which leaves fewer programs.
+DIMS = (64, 128, 256)
+_Table = dict[str, tuple[str, str, str]]
+_BF16_90: _Table = {
+    "lse": ("128x128w8s2", "128x64w4s3", "64x64w4s2"),
+    "map": ("64x256w4s2p1x2", "64x256w4s2p1x4", "64x64w4s2p1x2"),
+    "map_log": ("64x64w4s2", "64x64w4s2", "64x32w4s2"),
+    "mse": ("64x192w4s2p1x3", "64x256w4s2p1x4", "64x64w4s2p1x2"),
+    "delta": ("64x64w4s3p16", "128x64w4s2p16", "64x32w4s2p16"),
+    "dq": ("64x64w4s2p16", "64x64w4s2p16", "128x32w8s2p16"),
+    "dk": ("64x128w4s2p1x2", "64x64w4s2", "64x64w8s2"),
 }
+_FP16_90: _Table = {
+    **_BF16_90,
+    "dq": ("64x64w4s2", "64x32w4s2", "64x32w8s2"),
+    "dk": ("32x64w4s2", "32x32w4s2", "32x32w4s2"),
+}
+_FP32: _Table = {
+    "lse": ("16x32w4s2", "16x16w4s1", "16x32w4s1"),
+    "map": ("32x64w4s2", "32x32w4s2", "16x32w4s1"),
+    "mse": ("16x32w4s2", "32x32w4s2", "16x32w4s1"),
+    "delta": ("32x32w4s2", "16x32w4s1", "16x32w4s1"),
+    "dq": ("32x32w4s2", "16x16w4s1", "16x32w4s1"),
+    "dk": ("32x32w4s2", "16x16w4s1", "32x16w4s1"),
+}
+TILES: dict[tuple[int, str], _Table] = {
+    (80, "bfloat16"): _BF16_90,
+    (80, "float16"): _FP16_90,
+    (80, "float32"): _FP32,
+    (90, "bfloat16"): _BF16_90,
+    (90, "float16"): _FP16_90,
+    (90, "float32"): _FP32,
+    (100, "bfloat16"): _BF16_90,
+    (100, "float16"): _FP16_90,
+    (100, "float32"): _FP32,
+}
+ONE_PASS_DIM = 128  # of dq: wider heads leave no registers for its second sum
 
 
-def tiles(kernel: str, itemsize: int, block_d: int) -> Tiles:
-    """Tile sizes of a pass for operands of `itemsize` bytes and a padded head dim."""
-    table = TILES[kernel, itemsize]
-    return table[min(width for width in table if width >= block_d)]
+@functools.cache
+def tiles(
+    kernel: str, arch: int, dtype: str, block_d: int, *, log: bool = False, region: bool = False
+) -> Tiles:
+    """Tile sizes of a pass.
 
-
-def one_pass(itemsize: int, block_d: int) -> bool:
-    """Whether dq makes delta on the way: where exp2, not the products, bounds the pass."""
-    return itemsize == 2 and block_d <= 64
+    Args:
+        kernel: "lse", "map", "mse", "delta", "dq" or "dk".
+        arch: compute capability, 90 for 9.0; the next lower one that the table has.
+        dtype: of q and k, as torch names it.
+        block_d: padded head dim; the next larger one that the table has.
+        log: whether maps are logarithms.
+        region: whether the region is text rows x vision keys.
+    """
+    known = max((each for each, _ in TILES if each <= arch), default=min(TILES)[0])
+    table = TILES[known, dtype]
+    column = next(i for i, width in enumerate(DIMS) if width >= block_d)
+    names = [f"{kernel}_log"] * log + [f"{kernel}_region"] * region + [kernel]
+    return Tiles.parse(next(table[name] for name in names if name in table)[column])

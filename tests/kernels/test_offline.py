@@ -16,7 +16,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels: runs without TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton", reason="needs triton's compiler; it has no package here")
 
-from drivekd_kernels.tuned import TILES
+from drivekd_kernels.launch import MAP_KEYS, MAP_ROWS
+from drivekd_kernels.tuned import DIMS, TILES, tiles
 from triton.runtime.jit import JITFunction
 
 from benchmarks.offline import sass
@@ -69,7 +70,7 @@ def binaries(case) -> list[tuple[Launch, Compiled]]:
     arch, dtype, D, loss, region = case
     heads = (*HEADS[D], D)
     pair = Pair(1, 512, heads, heads, num_vision=256 if region == "text_to_vision" else 0)
-    launches = record(pair, loss, DTYPES[dtype]).launches
+    launches = record(pair, loss, DTYPES[dtype], arch=arch).launches
     skipped = SKIPPED.get(dtype, ())
     distinct = {launch.key: launch for launch in launches if launch.name not in skipped}
     return [(launch, compile_launch(launch, arch)) for launch in distinct.values()]
@@ -81,10 +82,33 @@ def named(launch: Launch, compiled: Compiled) -> str:
 
 
 def test_every_shipped_table_entry_has_a_case():
-    """A head dim or a width of operands that is added to the table must be added here."""
-    widths = {(DTYPES[dtype].itemsize, D) for _, dtype, D, *_ in CASES}
-    shipped = {(itemsize, D) for (_, itemsize), table in TILES.items() for D in table}
-    assert shipped <= widths
+    """A dtype or an architecture that is added to the table must be added here."""
+    covered = {
+        (arch, str(DTYPES[dtype]).removeprefix("torch.")) for arch, dtype, *_ in CASES + SLOW
+    }
+    assert set(TILES) <= covered
+
+
+@pytest.mark.parametrize("key", TILES, ids=str)
+@pytest.mark.parametrize("column", range(len(DIMS)))
+def test_tiles_of_gradients_lie_within_tiles_of_maps(key, column):
+    """Where a region is, a tile of a map without a key of it is not written, and must not be read.
+
+    Workspaces hold whole tiles of rows and of parts of keys.
+    """
+    for log in (False, True):
+        sizes = {
+            name: tiles(name, *key, DIMS[column], log=log, region=True)
+            for name in ("map", "mse", "delta", "dq", "dk")
+        }
+        for name in ("delta", "dq", "dk"):
+            part = sizes[name].k // sizes[name].parts
+            for written in ("map",) if log else ("mse",):
+                assert sizes[written].k % part == 0, (name, written)
+        for name in ("map", "mse", "dk"):
+            assert MAP_ROWS % sizes[name].q == 0, name
+        for each in sizes.values():
+            assert MAP_KEYS % (each.k // each.parts) == 0
 
 
 # What is not good yet: bytes of stack by case and pass. One table of tiles serves sm_80 too, whose

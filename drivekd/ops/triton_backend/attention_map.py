@@ -29,11 +29,14 @@ def attention_map(layer: AttentionLayer, layout: AttentionLayout, window: int | 
     """Head-mean map (B, N, N) in float32."""
     N = layout.num_tokens
     tokens = kernel_tokens(layout, window, compact=False)
-    out = torch.zeros((layout.batch_size, N, N), dtype=torch.float32, device=layout.device)
+    out = torch.empty((layout.batch_size, N, N), dtype=torch.float32, device=layout.device)
     heads = _heads(layer, tokens)
     for first in range(0, N, _MAP_ROWS):
         rows = out[:, first : first + _MAP_ROWS]
-        launch.map_tile(heads, tokens, launch.Chunk(first, rows.shape[1]), rows, log=False)
+        count = rows.shape[1]
+        tile = out.new_zeros((layout.batch_size, *launch.map_shape(count, N)))
+        launch.map_tile(heads, tokens, launch.Chunk(first, count), tile, log=False)
+        rows.copy_(tile[:, :count, :N])
     return out
 
 
@@ -80,7 +83,7 @@ class _Workspace:
 
     def __init__(self, inputs: AttentionMapLossInputs, plan: Plan) -> None:
         layout = inputs.layout
-        shape = (layout.batch_size, plan.rows, launch.map_width(layout.num_tokens))
+        shape = (layout.batch_size, *launch.map_shape(plan.rows, layout.num_tokens))
         self._shape = shape
         self._device = layout.device
         self._w: dict[torch.dtype, Tensor] = {}
@@ -124,7 +127,7 @@ class _Student:
             make = torch.empty_like if tokens.rows is None else torch.zeros_like
             self._dq = make(heads.query, dtype=torch.float32)
         if inputs.needs_dk[index]:
-            planes = launch.dk_splits(heads, tokens, chunk)
+            planes = launch.dk_splits(heads, tokens, chunk, log=plan.in_logs)
             self._planes = torch.zeros(
                 (planes, *self._key.shape), dtype=torch.float32, device=self._key.device
             )
@@ -134,9 +137,9 @@ class _Student:
         heads, tokens, sums = self._heads, self.tokens, self._sums[number]
         needed = self._dq is not None or self._planes is not None
         w = work.w(heads.query) if needed else None
-        centres, logs = None, None
+        logs = None
         if work.map is None:
-            centres = launch.mse(heads, tokens, chunk, work.targets, group, w, sums)
+            launch.mse(heads, tokens, chunk, work.targets, group, w, sums)
         else:
             launch.map_tile(heads, tokens, chunk, work.map, log=self._in_logs)
             launch.row_loss(
@@ -146,7 +149,7 @@ class _Student:
         if w is None:
             return
         if self._dq is not None:
-            deltas = launch.dq(heads, tokens, chunk, w, logs, centres, self._dq)
+            deltas = launch.dq(heads, tokens, chunk, w, logs, self._dq)
         else:
             deltas = launch.delta(heads, tokens, chunk, w, logs)
         if self._planes is not None:

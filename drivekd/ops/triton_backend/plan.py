@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from drivekd_kernels.launch import MAX_MAPS, Chunk, map_width
+from drivekd_kernels.launch import MAX_MAPS, Chunk, map_shape
 
 from drivekd.ops.attention_inputs import AttentionMapLossInputs
 
@@ -54,7 +54,7 @@ class Plan:
         self.maps = {each for step in self.steps for each, _ in step.new}
         N = inputs.layout.num_tokens
         cell_bytes = 4 * (self.num_slots + (inputs.loss != "mse")) + 4
-        row_bytes = inputs.layout.batch_size * map_width(N) * cell_bytes
+        row_bytes = inputs.layout.batch_size * map_shape(1, N)[1] * cell_bytes
         rows = max(_CHUNK_BYTES // row_bytes, _MIN_ROWS) // _ROW_STEP * _ROW_STEP
         self.rows = min(rows, N if N < HALVED else N // 2)
         self.chunks = [Chunk(first, self.rows) for first in range(0, N, self.rows)]

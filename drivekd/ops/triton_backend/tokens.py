@@ -32,7 +32,10 @@ def kernel_tokens(layout: AttentionLayout, window: int | None, *, compact: bool)
     rows = slots = num_rows = None
     if compact and layout.region_rows is not None:
         rows, slots, num_rows = _listed(layout.region_rows, position)
-    region_keys = None if layout.is_vision is None else layout.region_keys
+    vision = before = None
+    if layout.is_vision is not None and layout.region_keys is not None:
+        vision = layout.region_keys.to(torch.int8).contiguous()
+        before = _before(layout.region_keys)
     return Tokens(
         first=_int32(first),
         last=_int32(last),
@@ -42,7 +45,8 @@ def kernel_tokens(layout: AttentionLayout, window: int | None, *, compact: bool)
         rows=rows,
         slots=slots,
         num_rows=num_rows,
-        vision=None if region_keys is None else region_keys.to(torch.int8).contiguous(),
+        vision=vision,
+        before=before,
     )
 
 
@@ -65,10 +69,15 @@ def _segments(
 def _listed(chosen: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Chosen tokens in order (B, N), how many come before each token (B, N + 1), and all (B,)."""
     B, N = chosen.shape
-    slots = torch.nn.functional.pad(chosen.cumsum(dim=-1), (1, 0))
-    places = slots[:, :-1].masked_fill(~chosen, N)  # the others into one place more, cut off
+    slots = _before(chosen)
+    places = slots[:, :-1].long().masked_fill(~chosen, N)  # the others into one more, cut off
     rows = position.new_zeros(B, N + 1).scatter(1, places, position)[:, :-1]
-    return _int32(rows), _int32(slots), _int32(slots[:, -1])
+    return _int32(rows), slots, slots[:, -1].clone()
+
+
+def _before(chosen: Tensor) -> Tensor:
+    """How many chosen tokens come before each token, and after the last (B, N + 1)."""
+    return torch.nn.functional.pad(chosen.cumsum(dim=-1, dtype=torch.int32), (1, 0))
 
 
 def _int32(tensor: Tensor) -> Tensor:
