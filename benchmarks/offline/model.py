@@ -8,27 +8,28 @@ clocks of a multiprocessor's pipes:
     EX2      32 x warps per instruction, 16 a clock
     issue    warps per instruction, 4 a clock
     LSU      warps per load or store of up to 4 bytes a lane, 1 a clock; 8 and 16 bytes 2 and 4 (at
-             least: lanes that touch many lines take longer)
+             least: lanes that touch many lines take longer); and the operands that matrix
+             instructions read from shared memory, 128 bytes a clock
     L2       bytes of every tile of q, k, W, maps that the source loads or stores, at l2_tbps / SMs
 
-A tile of W that packed heads share counts once where it is loaded through L1 (plain LDG). Latency
-of loads that are not pipelined is not modelled.
+A row of W that packed query heads share counts once for each load instruction of a warp that reads
+it (lanes of one instruction that name the same bytes are one request), or once where the tile is
+loaded through L1 (plain LDG). Latency of loads that are not pipelined is not modelled.
 
 Overlap: one program alone runs its products and its other instructions one after the other, MMA +
 max(EX2, issue, LSU); r programs on one multiprocessor share the pipes. So a program that is one of
-r takes START_CLOCKS + max(r x largest pipe, MMA + max(EX2, issue, LSU), L2): with r = 1 the sum,
-from r = 2 on the larger. r is what registers, shared memory and warps allow, and no more than there
-are live programs per multiprocessor. Programs are given in their order to the slot that is free
-first (SMs x r slots): the last one to end is the launch's time, never less than its HBM bytes take.
-HBM bytes are compulsory: q, k, results once per launch; workspaces only if a chunk's do not fit in
-L2. Every launch costs LAUNCH_US more (eager, or in a CUDA graph).
+r takes START_CLOCKS + max(r x largest pipe, MMA + max(EX2, issue, LSU)): with r = 1 the sum, from
+r = 2 on mostly the pipe. At most as many are resident as registers, shared memory and warps allow.
+Programs are given in their order to multiprocessors with a free place, and the rest speed up as
+others end: the last one to end is the launch's time, never less than its HBM bytes take. HBM bytes
+are compulsory: q, k, results once per launch; workspaces only if a chunk's do not fit in L2. Every
+launch costs LAUNCH_US more (eager, or in a CUDA graph).
 
 The floor of a pass is the larger of MMA and EX2 for the cells that must be visited (kl's map: also
 its 9 float instructions at 4 x 32 lanes; it has no shorter form in the source; row losses: every
 map read once, W written once, at L2 bandwidth).
 """
 
-import heapq
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -119,33 +120,31 @@ def predict(
     """
     device = DEVICES[compiled.arch]
     clock = CLOCK_GHZ * 1e9
-    mma, exp2, issue, lsu = _pipes(compiled, work, device)
+    mma, exp2, issue, lsu, operands = _pipes(compiled, work, device)
     traffic = _l2_bytes(launch, compiled, work, region)
     l2 = traffic / (device.l2_tbps * 1e12 / device.sms / clock)
     others = np.maximum.reduce([exp2, issue, lsu])
-    serial = mma + others
-    largest = np.maximum.reduce([mma, others, l2])
-    live = max(1, int(work.live.sum()))
-    resident = min(compiled.resident, -(-live // device.sms))
-    if resident == 0:
+    serial = np.maximum(np.maximum(mma, operands) + others, l2)
+    largest = np.maximum.reduce([mma, exp2, issue, lsu + operands, l2])
+    if compiled.resident == 0:
         raise ValueError(f"{launch.name}: no program fits on a multiprocessor of {device.name}")
-    clocks = START_CLOCKS + np.maximum(resident * largest, np.maximum(serial, l2))
-    clocks = np.where(work.live, clocks, START_CLOCKS)
-    busy = _makespan(clocks, device.sms * resident) / clock * 1e3
+    clocks = _makespan(serial, largest, device.sms, compiled.resident)
+    busy = clocks / clock * 1e3
 
     maps = _map_bytes(launch, work)
     hbm = _compulsory_bytes(launch) + (0 if workspace_in_l2 else maps)
     hbm_ms = hbm / device.hbm_tbps / 1e9
-    pipes = {"MMA": mma, "EX2": exp2, "issue": issue, "LSU": lsu, "L2": l2}
+    pipes = {"MMA": mma, "EX2": exp2, "issue": issue, "LSU": lsu + operands, "L2": l2}
     totals = {name: float(each.sum()) for name, each in pipes.items()}
     bound = max(totals, key=lambda name: totals[name])
-    even = clocks.sum() / (device.sms * resident) / clock * 1e3
-    if serial.sum() > resident * largest.sum():
-        bound = "MMA+" + max(("EX2", "issue", "LSU"), key=lambda name: totals[name])
-    if START_CLOCKS * clocks.size > 0.5 * clocks.sum():
-        bound = "start"
-    elif busy > 1.5 * even:
+    even = totals[bound] / device.sms
+    if clocks > 1.15 * even:
+        live = max(1, int(work.live.sum()))
+        if live < 2 * device.sms:
+            bound = "MMA+" + max(("EX2", "issue", "LSU"), key=lambda name: totals[name])
         bound += ", tail"
+    if START_CLOCKS * work.live.size > 0.5 * clocks * device.sms:
+        bound = "start"
     if hbm_ms > busy:
         bound = "HBM"
     return Prediction(
@@ -160,7 +159,7 @@ def predict(
 
 
 def _pipes(compiled: Compiled, work: Work, device: Device):
-    """Clocks of the MMA, EX2, issue and LSU pipes for each program."""
+    """Clocks of the MMA, EX2, issue and LSU pipes and of operands, for each program."""
     exp2_clocks = 32 * compiled.warps / device.exp2_per_clock
     issue_clocks = compiled.warps / 4
     macs_a_clock = device.mma_tflops * 1e12 / 2 / device.sms / (CLOCK_GHZ * 1e9)
@@ -171,11 +170,13 @@ def _pipes(compiled: Compiled, work: Work, device: Device):
         exp2 = sum(each.own.counts["EX2"] for each in loops)
         issue = (work.masked * total + straight.total) * issue_clocks
         lsu = work.masked * sum(each.own.lsu for each in loops) * float(compiled.warps)
-        return np.zeros_like(issue), work.masked * exp2 * exp2_clocks, issue, lsu
+        none = np.zeros_like(issue)
+        return none, work.masked * exp2 * exp2_clocks, issue, lsu, none
     mma = np.zeros(work.whole.shape)
     exp2 = np.full(work.whole.shape, straight.counts["EX2"] * exp2_clocks)
     issue = np.full(work.whole.shape, straight.total * issue_clocks)
     lsu = np.full(work.whole.shape, float(straight.lsu * compiled.warps))
+    operands = np.zeros(work.whole.shape)
     for loop, tiles, outer in (
         (compiled.main, work.whole, work.whole_outer),
         (compiled.masked, work.masked, work.masked_outer),
@@ -185,12 +186,13 @@ def _pipes(compiled: Compiled, work: Work, device: Device):
         exp2 += trips * loop.mix.counts["EX2"] * exp2_clocks
         issue += trips * loop.mix.total * issue_clocks
         lsu += trips * loop.mix.lsu * compiled.warps
+        operands += trips * loop.mix.operands * compiled.warps
         around = compiled.code.parent(loop)
         if around is not None:
             exp2 += outer * around.own.counts["EX2"] * exp2_clocks
             issue += outer * around.own.total * issue_clocks
             lsu += outer * around.own.lsu * compiled.warps
-    return mma, exp2, issue, lsu
+    return tuple(each * work.live for each in (mma, exp2, issue, lsu, operands))
 
 
 def _macs(compiled: Compiled, loop) -> float:
@@ -228,8 +230,12 @@ def _l2_bytes(launch: Launch, compiled: Compiled, work: Work, region: float):
     if launch.name == "dk":
         inner = q * d * size + 8 * q
         return tiles * inner + outer * cells + work.live * (k * d * (size + 8))
+    pack = values["PACK"]
     if compiled.main.mix.plain:
-        cells /= values["PACK"]
+        cells /= pack
+    else:
+        rows = max(1, 32 * 16 // (k * _w_size(launch)))  # of one load instruction of a warp
+        cells *= (1 + (rows - 1) / pack) / rows
     fixed = q * d * (size + (4 if launch.name == "dq" else 0))
     return work.live * fixed + tiles * (k * d * size + cells)
 
@@ -299,12 +305,32 @@ def _floor(launch: Launch, compiled: Compiled, work: Work, device: Device) -> fl
     return work.visible * max(mma, exp2, floats)
 
 
-def _makespan(clocks, slots: int) -> float:
-    """Programs in order, each to the slot that is free first; when the last one ends."""
-    if clocks.size <= slots:
-        return float(clocks.max())
-    free = clocks[:slots].tolist()
-    heapq.heapify(free)
-    for each in clocks[slots:].tolist():
-        heapq.heapreplace(free, free[0] + each)
-    return max(free)
+def _makespan(serial, largest, sms: int, resident: int) -> float:
+    """Clocks until the last program ends: programs in order, each to a place that is free.
+
+    A program among m on its multiprocessor takes START_CLOCKS + max(serial, m x largest) if that
+    does not change on the way; when one ends, the others go on faster.
+    """
+    count = serial.size
+    program = np.full((sms, resident), -1)
+    left = np.zeros((sms, resident))  # share of the program that is still to do
+    following, now = 0, 0.0
+    while True:
+        free = np.argwhere(program.T < 0)[:, ::-1]  # first every multiprocessor's first place
+        free = free[np.argsort((program >= 0).sum(1)[free[:, 0]], kind="stable")]
+        taken = free[: count - following]
+        program[taken[:, 0], taken[:, 1]] = np.arange(following, following + len(taken))
+        left[taken[:, 0], taken[:, 1]] = 1.0
+        following += len(taken)
+        busy = program >= 0
+        if not busy.any():
+            return now
+        sharing = busy.sum(1, keepdims=True)
+        lasts = START_CLOCKS + np.maximum(serial[program], sharing * largest[program])
+        to_do = np.where(busy, left * lasts, np.inf)
+        step = to_do.min()
+        # What ends within a fraction of a start ends together.
+        ended = to_do <= step + 0.05 * START_CLOCKS
+        left = np.where(busy, left - step / lasts, left)
+        program[ended] = -1
+        now += step

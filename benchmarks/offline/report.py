@@ -108,7 +108,7 @@ def report(
     shape: str, *, arch: int = 90, loss: str = "mse", dtype: torch.dtype, lse: bool = False
 ) -> Report:
     """Record, compile and predict one call of a named shape."""
-    call = record(GPU_PAIRS[shape], loss, dtype, lse=lse)
+    call = record(GPU_PAIRS[shape], loss, dtype, arch=arch, lse=lse)
     passes = list(_passes(call, arch))
     return Report(shape, arch, loss, passes, call.other_ops)
 
@@ -166,7 +166,8 @@ def show(result: Report) -> str:
     for each in result.passes:
         one = each.compiled
         main = one.main
-        lsu = main.mix.lsu / one.tiles_in(main) / one.elements / 32 if main else float("nan")
+        reads = main.mix.lsu + main.mix.operands if main else float("nan")
+        lsu = reads / one.tiles_in(main) / one.elements / 32 if main else reads
         lines.append(
             f"{each.name:<12} {each.tile:>14} {len(each.grids):>4} "
             f"{'x'.join(map(str, each.grids[0])):>14} {one.registers:>4} {one.stack:>5} "

@@ -43,13 +43,15 @@ class Mix:
 
     `macs` are a warp's share of the multiply-adds; `half_rate` are those of them that run at half
     the rate of 16-bit operands (TF32). `lsu` are clocks of the load/store unit, at least: 32 lanes
-    x 4 bytes each. `plain` are LDG, which go through L1.
+    x 4 bytes each; `operands` are clocks in which matrix instructions read shared memory: a warp's
+    share of what their descriptors name, 128 bytes a clock. `plain` are LDG, which go through L1.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     macs: int = 0
     half_rate: int = 0
     lsu: int = 0
+    operands: float = 0.0
     plain: int = 0
 
     @property
@@ -213,6 +215,7 @@ def _reach(entry: int, successors: dict[int, list[int]]) -> set[int]:
 def _mix(texts) -> Mix:
     counts: Counter[str] = Counter()
     macs = half_rate = lsu = plain = 0
+    operands = 0.0
     for text in texts:
         name = kind(text)
         counts[name] += 1
@@ -225,6 +228,9 @@ def _mix(texts) -> Mix:
             if shape:
                 m, n, k = map(int, shape.groups())
                 product = m * n * k // 4  # the instruction of four warps together
+                of_registers = re.search(r"F32\S* R\d+, R\d+, gdesc", text)
+                rows = n if of_registers else m + n
+                operands += rows * k * (4 if "TF32" in text else 2) / 128 / 4
             elif "HMMA.16816" in text:
                 product = 16 * 8 * 16
             elif "HMMA.1688" in text or "HMMA.1684" in text:
@@ -233,7 +239,7 @@ def _mix(texts) -> Mix:
                 product = 0  # tcgen05 names its shape in a descriptor, not in the instruction
             macs += product
             half_rate += product if "TF32" in text else 0
-    return Mix(counts, macs, half_rate, lsu, plain)
+    return Mix(counts, macs, half_rate, lsu, operands, plain)
 
 
 def _add(mixes: list[Mix]) -> Mix:
@@ -245,5 +251,6 @@ def _add(mixes: list[Mix]) -> Mix:
         sum(each.macs for each in mixes),
         sum(each.half_rate for each in mixes),
         sum(each.lsu for each in mixes),
+        sum(each.operands for each in mixes),
         sum(each.plain for each in mixes),
     )

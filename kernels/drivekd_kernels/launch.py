@@ -25,9 +25,10 @@ from drivekd_kernels.tuned import ONE_PASS_DIM, ROW_TILES, Tiles, tiles
 
 LOG2E = 1 / math.log(2)
 MAP_ALIGN = 16  # elements; rows of workspaces start at multiples of it
-MAP_ROWS, MAP_KEYS = 64, 128  # workspaces hold whole tiles of so many slots and keys
+MAP_ROWS, MAP_KEYS = 128, 128  # workspaces hold whole tiles of so many slots and keys
 DK_PROGRAMS = 528  # wanted of dk: two waves of two a multiprocessor
 MAX_SPLITS = 8
+RESIDENT = 2  # programs that a multiprocessor holds at once
 MIN_SHARE = 0.93  # of a tile's rows that hold something when query heads are packed
 MAX_MAPS = 62  # bits of the two words that name the members of a group
 
@@ -444,6 +445,14 @@ def dk(
         )
 
 
+def rows_per_wave(query: Tensor, key: Tensor) -> int:
+    """Rows of each sample whose programs of dq fill the multiprocessors once."""
+    meta, tile = _meta("dq", query, key, packs=True)
+    packs = key.shape[1] * _ceil(meta["GROUP"], meta["PACK"])
+    programs = RESIDENT * _multiprocessors(query) // (query.shape[0] * packs)
+    return max(programs, 1) * (tile.q // meta["PACK"])
+
+
 def map_shape(num_rows: int, num_tokens: int) -> tuple[int, int]:
     """Slots and keys of a workspace."""
     return _ceil(num_rows, MAP_ROWS) * MAP_ROWS, _ceil(num_tokens, MAP_KEYS) * MAP_KEYS
@@ -455,6 +464,13 @@ def architecture(tensor: Tensor) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor
+
+
+def _multiprocessors(tensor: Tensor) -> int:
+    """How many a tensor's GPU has; an H200 where there is none."""
+    if tensor.device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 def one_pass(query: Tensor) -> bool:

@@ -48,13 +48,14 @@ ROW_TILES = Tiles(16, 128, 4, 1)
 DIMS = (64, 128, 256)
 _Table = dict[str, tuple[str, str, str]]
 _BF16_90: _Table = {
-    "lse": ("128x128w8s2", "128x64w4s3", "64x64w4s2"),
-    "map": ("64x256w4s2p1x2", "64x256w4s2p1x4", "64x64w4s2p1x2"),
-    "map_log": ("64x64w4s2", "64x64w4s2", "64x32w4s2"),
-    "mse": ("64x192w4s2p1x3", "64x256w4s2p1x4", "64x64w4s2p1x2"),
-    "delta": ("64x64w4s3p16", "128x64w4s2p16", "64x32w4s2p16"),
-    "dq": ("64x64w4s2p16", "64x64w4s2p16", "128x32w8s2p16"),
-    "dk": ("64x128w4s2p1x2", "64x64w4s2", "64x64w8s2"),
+    "lse": ("128x128w8s2", "256x64w8s2", "128x64w4s2"),
+    "map": ("64x256w4s2p1x2", "64x256w4s3p1x4", "64x64w4s2"),
+    "map_log": ("64x64w4s2", "64x64w4s2", "64x64w4s2"),
+    "mse": ("64x192w4s2p1x3", "64x256w4s2p1x4", "64x64w4s2"),
+    "delta": ("64x64w4s3p16", "128x64w4s2p16", "64x64w4s3p16"),
+    "dq": ("64x64w4s2p16", "64x64w4s2p16", "64x64w8s2p16"),
+    "dk": ("64x128w4s2p1x2", "64x64w4s2", "128x32w8s2"),
+    "dk_log": ("64x64w4s2", "32x64w4s2", "128x32w8s2"),
 }
 _FP16_90: _Table = {
     **_BF16_90,

@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from drivekd_kernels.launch import MAX_MAPS, Chunk, map_shape
+from drivekd_kernels.launch import MAX_MAPS, Chunk, map_shape, rows_per_wave
 
 from drivekd.ops.attention_inputs import AttentionMapLossInputs
 
-# Bytes that one chunk's workspaces may take before it gets fewer rows (they should stay in the L2
-# cache), and the rows that it has at least, so that every pass has programs enough.
-_CHUNK_BYTES = 40 * 2**20
+# Bytes that one chunk's workspaces may take before it gets fewer rows, and the rows that it has at
+# least. Many rows matter more than staying in the L2 cache: every launch ends with idle processors.
+_CHUNK_BYTES = 288 * 2**20
 _MIN_ROWS = 1024
 _ROW_STEP = 64
 HALVED = 4096  # tokens from which on no workspace holds as many cells as one map
@@ -53,11 +53,22 @@ class Plan:
             )
         self.maps = {each for step in self.steps for each, _ in step.new}
         N = inputs.layout.num_tokens
-        cell_bytes = 4 * (self.num_slots + (inputs.loss != "mse")) + 4
-        row_bytes = inputs.layout.batch_size * map_shape(1, N)[1] * cell_bytes
-        rows = max(_CHUNK_BYTES // row_bytes, _MIN_ROWS) // _ROW_STEP * _ROW_STEP
-        self.rows = min(rows, N if N < HALVED else N // 2)
+        self.rows = _rows(inputs, self.num_slots + (inputs.loss != "mse"))
         self.chunks = [Chunk(first, self.rows) for first in range(0, N, self.rows)]
+
+
+def _rows(inputs: AttentionMapLossInputs, num_maps: int) -> int:
+    """Rows of a chunk: all, half of them, or what is affordable in whole waves of dq's programs."""
+    layout = inputs.layout
+    cell_bytes = 4 * num_maps + min(4, inputs.student[0].query.element_size())
+    limit = layout.num_tokens if layout.num_tokens < HALVED else layout.num_tokens // 2
+    row_bytes = layout.batch_size * map_shape(1, layout.num_tokens)[1] * cell_bytes
+    affordable = max(_CHUNK_BYTES // row_bytes, _MIN_ROWS)
+    if affordable >= limit:
+        return limit
+    wave = rows_per_wave(inputs.student[0].query, inputs.student[0].key)
+    rows = affordable // wave * wave or min(wave, 2 * affordable)
+    return min(limit, max(rows // _ROW_STEP, 1) * _ROW_STEP)
 
 
 def _schedule(inputs: AttentionMapLossInputs) -> tuple[list[Step], int]:
