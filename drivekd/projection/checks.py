@@ -27,13 +27,25 @@ class Scaler(Protocol):
         ...
 
 
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor, without importing what makes them."""
+    return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
+
+
 def check_parameters(parameters: object) -> list[Tensor]:
     """The parameters, each once."""
+    is_fsdp = False
     if isinstance(parameters, nn.Module):
-        raise TypeError("parameters must be tensors, got a Module; pass module.parameters()")
+        is_fsdp = any(
+            kind.__name__ == "FSDPModule"
+            for module in parameters.modules()
+            for kind in type(module).__mro__
+        )
+        parameters = parameters.parameters()
     if isinstance(parameters, Tensor | Mapping | str) or not isinstance(parameters, Iterable):
         raise TypeError(
-            f"parameters must be an iterable of tensors, got {type(parameters).__name__}"
+            f"parameters must be a module or an iterable of tensors, got "
+            f"{type(parameters).__name__}"
         )
     unique: dict[int, Tensor] = {}
     for position, parameter in enumerate(parameters):
@@ -46,6 +58,12 @@ def check_parameters(parameters: object) -> list[Tensor]:
         if not parameter.is_leaf:
             raise ValueError(f"{name} is no leaf: it has no .grad to add to")
         if parameter.requires_grad or parameter.is_floating_point():
+            if is_dtensor(parameter) and not is_fsdp:
+                raise NotImplementedError(
+                    f"{name} is a DTensor. For FSDP2 (fully_shard) give the model itself as "
+                    "parameters, whose gradients must be read between backwards; tensor, context "
+                    "and expert parallel engines are not supported"
+                )
             check_engine(name, parameter)
             unique[id(parameter)] = parameter
     if not unique:
@@ -55,11 +73,6 @@ def check_parameters(parameters: object) -> list[Tensor]:
 
 def check_engine(name: str, parameter: Tensor) -> None:
     """Refuse parameters whose gradients are not in `.grad`, or only in part."""
-    if any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__):
-        raise NotImplementedError(
-            f"{name} is a DTensor (FSDP2, tensor or context parallel); inner products of shards "
-            "are partial sums. Use gradient_gram on local shards and all-reduce its values"
-        )
     for attribute, engine in _ENGINES.items():
         if getattr(parameter, attribute, None) not in (None, False):
             raise NotImplementedError(
@@ -67,17 +80,21 @@ def check_engine(name: str, parameter: Tensor) -> None:
             )
 
 
-def check_losses(losses: object) -> dict[str, Tensor]:
+def check_losses(losses: object, *, may_be_empty: bool = False) -> dict[str, Tensor]:
     """The losses by name: scalars with a graph."""
     if not isinstance(losses, Mapping):
         raise TypeError(f"losses must map names to tensors, got {type(losses).__name__}")
-    if not losses:
+    if not losses and not may_be_empty:
         raise ValueError("losses is empty; give at least one loss")
     for name, loss in losses.items():
         if not isinstance(name, str):
             raise TypeError(f"losses has the key {name!r}; names are strings")
         if not isinstance(loss, Tensor):
             raise TypeError(f"losses[{name!r}] must be a tensor, got {type(loss).__name__}")
+        if is_dtensor(loss):
+            raise NotImplementedError(
+                f"losses[{name!r}] is a DTensor: tensor parallel losses are not supported"
+            )
         if loss.numel() != 1:
             raise ValueError(
                 f"losses[{name!r}] has shape {tuple(loss.shape)}; wanted a scalar, reduce it first"
@@ -89,9 +106,9 @@ def check_losses(losses: object) -> dict[str, Tensor]:
             )
         if _expects_ddp_sync(loss):
             raise NotImplementedError(
-                f"losses[{name!r}] comes from DistributedDataParallel, whose reduction does not "
-                "see these gradients; run forward and this call under no_sync() and reduce .grad "
-                "yourself, or reduce the task gradients before gradient_gram"
+                f"losses[{name!r}] comes from DistributedDataParallel with find_unused_parameters "
+                "or static_graph, which waits for a reduction of its own; run the forward and this "
+                "call under its no_sync(): the projector averages the gradients"
             )
     return dict(losses)
 

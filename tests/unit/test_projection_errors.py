@@ -9,7 +9,7 @@ from drivekd.projection import GradientProjector
 from tests.helpers.students import NAMES, WEIGHTS, Recorded, grads_of, student
 
 BAD_PARAMETERS = {
-    "a module": (nn.Linear(1, 1), TypeError, "module.parameters"),
+    "a number": (3, TypeError, "module or an iterable of tensors"),
     "a tensor": (torch.ones(1), TypeError, "iterable of tensors"),
     "named parameters": (nn.Linear(1, 1).named_parameters(), TypeError, r"parameters\[0\]"),
     "parameter groups": ([{"params": []}], TypeError, "parameter groups"),
