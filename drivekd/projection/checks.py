@@ -29,18 +29,20 @@ class Scaler(Protocol):
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether `tensor` is a DTensor, without importing what makes them."""
-    return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
+    return _is_a(tensor, "DTensor")
+
+
+def _is_a(thing: object, name: str) -> bool:
+    return any(kind.__name__ == name for kind in type(thing).__mro__)
 
 
 def check_parameters(parameters: object) -> list[Tensor]:
     """The parameters, each once."""
+    advice = "for FSDP2 (fully_shard) give the model itself as parameters"
     is_fsdp = False
     if isinstance(parameters, nn.Module):
-        is_fsdp = any(
-            kind.__name__ == "FSDPModule"
-            for module in parameters.modules()
-            for kind in type(module).__mro__
-        )
+        is_fsdp = any(_is_a(module, "FSDPModule") for module in parameters.modules())
+        advice = "the model has no FSDP2 module (fully_shard)"
         parameters = parameters.parameters()
     if isinstance(parameters, Tensor | Mapping | str) or not isinstance(parameters, Iterable):
         raise TypeError(
@@ -60,9 +62,8 @@ def check_parameters(parameters: object) -> list[Tensor]:
         if parameter.requires_grad or parameter.is_floating_point():
             if is_dtensor(parameter) and not is_fsdp:
                 raise NotImplementedError(
-                    f"{name} is a DTensor. For FSDP2 (fully_shard) give the model itself as "
-                    "parameters, whose gradients must be read between backwards; tensor, context "
-                    "and expert parallel engines are not supported"
+                    f"{name} is a DTensor; {advice}. Tensor, context and expert parallel engines "
+                    "are not supported: gradients there are parts of sums that only they know"
                 )
             check_engine(name, parameter)
             unique[id(parameter)] = parameter

@@ -160,9 +160,9 @@ class GradientProjector:
             losses: Scalars by name. A loss that is absent from this step is left out of the
                 mapping; with several ranks it may be absent from some and may be empty.
             weights: Weight of every loss: a mapping of numbers (the same on all ranks) or scalar
-                tensors (averaged over ranks), or a `Reweighting`; None is 1 for all. A loss whose weight is the number 0 is not
-                differentiated and takes no part. With `every="step"` the last weights given for a
-                loss count.
+                tensors (averaged over ranks), or a `Reweighting`; None is 1 for all. A loss whose
+                weight is the number 0 is not differentiated and takes no part. With `every="step"`
+                the last weights given for a loss count.
             scaler: The `GradScaler` of an fp16 run: `.grad` is then scaled as its `step` expects,
                 while projection, `max_norm` and the report are about unscaled gradients.
             scale: Factor of what is added to `.grad`, e.g. 1 / number of micro-batches. With

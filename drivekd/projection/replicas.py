@@ -156,7 +156,7 @@ class ReplicatedGradients(LocalGradients):
         # Before the sum, as DistributedDataParallel does, so that fp16 does not overflow.
         flat /= self._num_ranks
         shard = torch.empty(shard_size, dtype=like.dtype, device=like.device)
-        dist.reduce_scatter_tensor(shard, flat, group=self.group)
+        _reduce_scatter(shard, flat, self.group)
         return shard
 
     def _averaged(self, names: Sequence[str], grads: TaskGradients) -> list[list[Tensor | None]]:
@@ -176,7 +176,7 @@ class ReplicatedGradients(LocalGradients):
         for bucket, shard in zip(self._buckets, shards, strict=True):
             assert shard is not None
             flat = shard.new_empty(shard.numel() * self._num_ranks)
-            dist.all_gather_into_tensor(flat, shard, group=self.group)
+            _all_gather(flat, shard, self.group)
             pieces = torch.split(flat[: sum(bucket.sizes)], bucket.sizes)
             for position, piece in zip(bucket.positions, pieces, strict=True):
                 parameter = self.parameters[position]
@@ -185,6 +185,17 @@ class ReplicatedGradients(LocalGradients):
                     parameter.grad = torch.empty_like(parameter).copy_(update)
                 else:
                     parameter.grad += update
+
+
+def _all_gather(whole: Tensor, shard: Tensor, group: dist.ProcessGroup) -> None:
+    # Renamed in torch 2.13, which warns of the old name.
+    new = getattr(dist, "all_gather_single", None)
+    (new or dist.all_gather_into_tensor)(whole, shard, group=group)
+
+
+def _reduce_scatter(shard: Tensor, whole: Tensor, group: dist.ProcessGroup) -> None:
+    new = getattr(dist, "reduce_scatter_single", None)
+    (new or dist.reduce_scatter_tensor)(shard, whole, group=group)
 
 
 def _mask(entries: Sequence[Tensor | None]) -> int:

@@ -71,8 +71,9 @@ class ShardedGradients(ReplicatedGradients):
     ) -> Iterator[tuple[str, list[Tensor | None]]]:
         """Each loss's gradients, of shards where parameters are sharded.
 
-        Parameters are gathered at most once for all losses. FSDP2's switches for gradient
-        synchronisation and resharding are on afterwards, as they are by default.
+        Parameters are gathered once for all losses, but for a layer that FSDP2 may prefetch in vain
+        when a shallow loss comes first. Its switches for gradient synchronisation and resharding
+        are on afterwards, as they are by default.
         """
         for i, parameter in enumerate(self.parameters):
             if getattr(parameter, "_post_accumulate_grad_hooks", None):

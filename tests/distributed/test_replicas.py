@@ -10,12 +10,17 @@ import torch
 from drivekd.functional.projection import METHODS
 from drivekd.projection import GradientProjector
 from drivekd.reweighting import BalancedWeights, OnlineWeights
+from tests.distributed.reference import (
+    check_report,
+    check_same_on_all,
+    mean_losses,
+    reference,
+    returned,
+)
 from tests.distributed.replicas import replica
 from tests.helpers.gradients import relative_error
 from tests.helpers.ranks import Raised, run_ranks
 from tests.helpers.students import NAMES, WEIGHTS
-
-REPORTED = ("cosines", "conflicts", "weights", "norms", "loss_weights", "finite")
 
 
 @pytest.fixture(scope="module")
@@ -26,53 +31,7 @@ def ranks(tmp_path_factory):
 @pytest.fixture
 def both(ranks):
     """Both ranks' results of a case."""
-
-    def get(case):
-        results = [own[case] for own in ranks]
-        for result in results:
-            assert not isinstance(result, Raised), result.where
-        return results
-
-    return get
-
-
-def mean_losses(model, batches, names=(NAMES, NAMES)):
-    """Every loss's mean over the batches, sorted by name as the ranks do."""
-    total = {}
-    for batch, present in zip(batches, names, strict=True):
-        for name, loss in model.losses(batch).items():
-            if name in present:
-                total[name] = total.get(name, 0.0) + loss / len(batches)
-    return dict(sorted(total.items()))
-
-
-def reference(dtype=torch.float64, names=(NAMES, NAMES), call=None, **settings):
-    model = replica(dtype)
-    projector = GradientProjector(model.parameters(), **settings)
-    report = projector.backward(mean_losses(model, (1, 2), names), **(call or {}))
-    if settings.get("every") == "step":
-        report = projector.step()
-    return [own.grad for own in model.parameters()], report
-
-
-def check_same_on_all(results):
-    first, *others = results
-    for other in others:
-        for x, y in zip(first["grads"], other["grads"], strict=True):
-            assert (x is None) == (y is None)
-            assert x is None or torch.equal(x.nan_to_num(), y.nan_to_num())
-        assert first["report"]["names"] == other["report"]["names"]
-        for field in REPORTED:
-            x, y = first["report"][field], other["report"][field]
-            assert torch.equal(x.nan_to_num(), y.nan_to_num()), field
-
-
-def check_report(report, wanted, bound=1e-10):
-    assert report["names"] == wanted.names
-    for field in REPORTED:
-        torch.testing.assert_close(
-            report[field], getattr(wanted, field), rtol=bound, atol=bound, msg=field
-        )
+    return lambda case: returned(ranks, case)
 
 
 @pytest.mark.parametrize("every", ("microbatch", "step"))
@@ -295,8 +254,8 @@ def test_traffic_is_at_most_that_of_so_many_all_reduces(both):
             # The agreement: pickled statements of about 700 bytes; padding of one element.
             assert sent <= (number + 1) / 2 * result["all_reduce"] + 1500, number
             assert calls["all_reduce"] == 1
-            assert calls["reduce_scatter_tensor"] == number
-            assert calls["all_gather_into_tensor"] == 1
+            assert calls["reduce_scatter"] == number
+            assert calls["gather"] == 1
 
 
 def test_at_most_one_buffer_beyond_the_gradients(both):

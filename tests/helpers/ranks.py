@@ -62,7 +62,9 @@ def start_ranks(arguments, ranks, *, timeout=120):
 
 def run_ranks(module, folder, *, ranks=2, timeout=120):
     """One dict of results per rank, by the name of the case without `case_`."""
-    start_ranks(["-m", "tests.helpers.ranks", module, str(folder)], ranks, timeout=timeout)
+    start_ranks(
+        ["-W", "error", "-m", "tests.helpers.ranks", module, str(folder)], ranks, timeout=timeout
+    )
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
