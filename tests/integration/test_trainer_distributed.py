@@ -58,19 +58,21 @@ def run(root, accumulation, name, processes):
 @pytest.mark.slow
 def test_two_processes_equal_two_micro_batches(tmp_path):
     """With and without projection; in the second step one process has no sample of a signal."""
-    from tests.helpers import toy_data
+    from tests.helpers import toy_data, toy_models
 
     types = ("sort", "fold", "sort", "fold", "sort", "sort", "iron", "iron")
     torch.save(toy_data.records(tmp_path, types), tmp_path / "records.pt")
     run(tmp_path, 2, "one", 1)
     run(tmp_path, 1, "two", 2)
     states = [torch.load(tmp_path / f"{name}.pt") for name in ("one-0", "two-0", "two-1")]
+    start = toy_models.internvl(layers=2, hidden=32, seed=1).state_dict()
     for case in (("agp", False), ("agp", True), ("none", False)):
         one, two, other = (state[case] for state in states)
         assert all(torch.equal(two[name], other[name]) for name in two)
-        scale = max(value.abs().max() for value in one.values())
+        change = max((one[name] - start[name]).abs().max() for name in one)
         error = max((one[name] - two[name]).abs().max() for name in one)
-        assert error <= 1e-6 * scale, (case, error, scale)
+        # Measured: equal bit for bit; sums over ranks may be rounded in another order elsewhere.
+        assert error <= 1e-5 * change, (case, error, change)
     first, second = (states[0][method, False] for method in ("agp", "none"))
     assert any(not torch.equal(first[name], second[name]) for name in first)
     for state in states:
