@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 # Attributes that engines leave on the parameters they take over.
@@ -160,6 +161,15 @@ def check_positive(name: str, value: object) -> float:
     if not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name} is {value}; wanted a finite number above 0")
     return float(value)
+
+
+def check_group(group: object) -> None:
+    """Refuse what is no process group."""
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "process_group must be a torch.distributed.ProcessGroup or None, got "
+            f"{type(group).__name__}; of a DeviceMesh give mesh.get_group()"
+        )
 
 
 def check_scaler(scaler: object) -> None:

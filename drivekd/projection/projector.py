@@ -21,6 +21,7 @@ from drivekd.functional.projection import (
 from drivekd.projection.agreement import Statement
 from drivekd.projection.checks import (
     Scaler,
+    check_group,
     check_losses,
     check_parameters,
     check_positive,
@@ -133,6 +134,7 @@ class GradientProjector:
                     "micro-batch; use every='step', or torch.nn.utils.clip_grad_norm_ before the "
                     "optimiser's step"
                 )
+        check_group(process_group)
         self._method: Method = method
         self._anchor = anchor
         self._missing: Missing = missing

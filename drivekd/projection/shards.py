@@ -101,6 +101,21 @@ class ShardedGradients(ReplicatedGradients):
             for parameter, grad in zip(self.parameters, before, strict=True):
                 parameter.grad = grad
 
+    def _agreed(self, statement: Statement) -> list[Statement]:
+        statements = super()._agreed(statement)
+        sharded = sum(1 << i for i in self._sharded)
+        for name, mask in statements[0].reached.items():
+            for rank, other in enumerate(statements):
+                differing = (mask ^ other.reached.get(name, mask)) & sharded
+                if differing:
+                    i = differing.bit_length() - 1
+                    raise RuntimeError(
+                        f"FSDP2 gave the loss {name!r} a gradient of parameters[{i}] on rank "
+                        f"{rank if other.reached[name] >> i & 1 else 0} only; all ranks must run "
+                        "the same layers"
+                    )
+        return statements
+
     def _take_grads(self) -> list[Tensor | None]:
         taken = []
         for parameter in self.parameters:

@@ -7,6 +7,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from drivekd.projection import GradientProjector
+from drivekd.projection.pending import Pending
 from drivekd.reweighting import BalancedWeights
 from tests.distributed.replicas import METHODS, rank, replica, told
 from tests.helpers.students import WEIGHTS
@@ -185,6 +186,22 @@ def case_tensor_parallel_beside_fsdp():
     model = nn.Sequential(distributed_linear(mesh["model"], [Shard(1)]), nn.Linear(4, 4))
     fully_shard(model, mesh=mesh["dp"])
     GradientProjector(model)
+
+
+def case_context_parallel_by_the_name_of_its_mesh():
+    GradientProjector(sharded(mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("dp_cp",))))
+
+
+def case_a_layer_on_one_rank():
+    """FSDP2 itself would hang here; whatever comes out of it must not hang in the projector."""
+    projector = GradientProjector(sharded())
+    engine, model = projector._engine, projector._module
+    losses = model(1)
+    ((_, grads),) = engine.differentiate([("ce", losses["ce"])], torch.ones_like)
+    if rank():
+        grads[3] = None
+    statement = projector._statement(Pending(), ["ce"], 1.0)
+    engine.reduce({"ce": grads}, statement, {}, {})
 
 
 def case_two_meshes():

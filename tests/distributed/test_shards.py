@@ -180,6 +180,12 @@ def test_parameters_are_gathered_once_for_all_losses(both):
         ("tensor_parallel_beside_fsdp", "NotImplementedError", ("placements", "FSDP2 alone")),
         ("copies_that_fsdp_did_not_make", "NotImplementedError", ("Replicate()",)),
         ("a_group_other_than_the_mesh", "NotImplementedError", ("mesh of 2 ranks", "has 1")),
+        (
+            "context_parallel_by_the_name_of_its_mesh",
+            "NotImplementedError",
+            ("context parallel", "dp_cp"),
+        ),
+        ("a_layer_on_one_rank", "RuntimeError", ("'ce'", "parameters[3] on rank 0 only")),
         ("two_meshes", "NotImplementedError", ("2 device meshes",)),
     ],
 )

@@ -36,6 +36,7 @@ def test_refuses_parameters(parameters, error, message):
         ({"max_norm": 1.0}, ValueError, "clip_grad_norm_"),
         ({"max_norm": 0.0, "every": "step"}, ValueError, "max_norm"),
         ({"max_norm": "1", "every": "step"}, TypeError, "max_norm"),
+        ({"process_group": "gloo"}, TypeError, "process_group must be .* got str"),
     ],
 )
 def test_refuses_settings(settings, error, message):
