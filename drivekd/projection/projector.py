@@ -81,11 +81,11 @@ class GradientProjector:
         and norms, `max_norm`, reweighting and report are those of all ranks, the same on each. The
         ranks first compare seed, settings and losses, which reads back a few hundred bytes, and
         all raise where they do not agree. Every rank calls `backward` (with `{}` if it has no
-        loss) and `step`; losses are then in the order of their names. `every="step"`
-        communicates in `step` only.
+        loss) and `step`; losses are then in the order of their names.
 
         - DDP: reduce-scatter of the K gradients, one small all-reduce, all-gather of the update:
-          at most (K + 1) / 2 all-reduces. Its own reduction has no part in this. With
+          at most (K + 1) / 2 all-reduces, in every `backward` or, with `every="step"`, in `step`
+          alone. DDP's own reduction and its communication hooks have no part in this. With
           find_unused_parameters or static_graph, run forward and `backward` under its `no_sync()`.
         - FSDP2: one `.backward()` per loss, one small all-reduce; parameters are gathered once.
           All ranks must give the same losses. Leaf tensors outside `parameters` also get
