@@ -87,9 +87,9 @@ class GradientProjector:
           at most (K + 1) / 2 all-reduces, in every `backward` or, with `every="step"`, in `step`
           alone. DDP's own reduction and its communication hooks have no part in this. With
           find_unused_parameters or static_graph, run forward and `backward` under its `no_sync()`.
-        - FSDP2: one `.backward()` per loss, one small all-reduce; parameters are gathered once.
-          All ranks must give the same losses. Leaf tensors outside `parameters` also get
-          gradients.
+        - FSDP2: one `.backward()` per loss, one small all-reduce. Parameters are gathered once and
+          stay whole until all losses are done; gradients stay sharded. All ranks must give the
+          same losses. Leaf tensors outside `parameters` also get gradients.
 
     Example:
         >>> import torch

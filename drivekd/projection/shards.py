@@ -71,9 +71,8 @@ class ShardedGradients(ReplicatedGradients):
     ) -> Iterator[tuple[str, list[Tensor | None]]]:
         """Each loss's gradients, of shards where parameters are sharded.
 
-        Parameters are gathered once for all losses, but for a layer that FSDP2 may prefetch in vain
-        when a shallow loss comes first. Its switches for gradient synchronisation and resharding
-        are on afterwards, as they are by default.
+        Parameters are gathered once, and stay whole until all losses are done. FSDP2's switches for
+        gradient synchronisation and resharding are on afterwards, as they are by default.
         """
         for i, parameter in enumerate(self.parameters):
             if getattr(parameter, "_post_accumulate_grad_hooks", None):
@@ -84,18 +83,24 @@ class ShardedGradients(ReplicatedGradients):
                 )
         before = [parameter.grad for parameter in self.parameters]
         self._take_grads()
-        for module in self._modules:
+        # FSDP2 sets a module up in the first forward of its root.
+        modules = [own for own in self._modules if own._get_fsdp_state()._is_root is not None]
+        for module in modules:
             module.set_requires_gradient_sync(True, recurse=False)
             module.set_is_last_backward(True)
+            # FSDP2 gathers where gradients enter a module by its output; those of captured queries
+            # and keys do not.
+            module.unshard()
         try:
             for number, (name, loss) in enumerate(losses, start=1):
                 is_last = number == len(losses)
-                for module in self._modules:
+                for module in modules:
                     module.set_reshard_after_backward(is_last, recurse=False)
                 torch.autograd.backward(loss, seed(loss), retain_graph=not is_last)
+                _finish_backward(modules)
                 yield name, self._take_grads()
         finally:
-            for module in self._modules:
+            for module in modules:
                 module.set_reshard_after_backward(True, recurse=False)
                 module.reshard()
             for parameter, grad in zip(self.parameters, before, strict=True):
@@ -162,6 +167,19 @@ class ShardedGradients(ReplicatedGradients):
                 assert local is not None
                 local += update
         self._shards = []
+
+
+def _finish_backward(modules: Sequence[FSDPModule]) -> None:
+    """Reduce what FSDP2 has left.
+
+    It finishes a backward that has entered some module by its output. After any other, the
+    gradients of modules whose inputs need none would wait, and be added to the next loss's. Where
+    FSDP2 has finished, this does nothing.
+    """
+    # One state per root would do; the modules of a root share this context.
+    states = [module._get_fsdp_state() for module in modules]
+    for state in {id(own._state_ctx): own for own in states}.values():
+        state._root_post_backward_final_callback()
 
 
 def _local(grad: Tensor | None) -> Tensor | None:

@@ -137,12 +137,27 @@ def case_an_ordinary_backward_afterwards():
 
 
 def case_gathers():
-    """How often parameters are gathered in the backwards of four losses, by layer count."""
+    """What the backwards of four losses send."""
     model = sharded()
     losses = model(rank() + 1)
     with Traffic() as traffic:
         GradientProjector(model).backward(losses)
     return traffic.calls
+
+
+def case_modules_without_a_common_root():
+    """Two that fully_shard took on their own, one of which does not run."""
+    model = nn.ModuleList([replica(), replica()])
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for own in model:
+        fully_shard(own, mesh=mesh)
+    projector = GradientProjector(model, method="stage1")
+    projector.backward(model[0](rank() + 1), weights=WEIGHTS)
+    first = grads_of(model)
+    model.zero_grad()
+    both = model[0](rank() + 1), model[1](rank() + 3)
+    projector.backward({name: both[0][name] + both[1][name] for name in both[0]})
+    return first, grads_of(model)
 
 
 def case_a_loss_on_one_rank():

@@ -1,0 +1,47 @@
+"""Attention-map losses of a transformers model on two ranks against one process.
+
+Captured queries and keys leave a layer by the side, past the outputs at which FSDP2 waits for a
+backward: without help it gathers too late (an error) or reduces too late (a loss's gradient ends
+up in the next one's, silently).
+"""
+
+import pytest
+import torch
+
+from tests.distributed.reference import check_same_on_all, returned
+from tests.distributed.students import trained, with_frozen_embeddings
+from tests.helpers.gradients import relative_error
+from tests.helpers.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_ranks("tests.distributed.students", tmp_path_factory.mktemp("students"))
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    return trained(seeds=(0, 1))
+
+
+@pytest.mark.parametrize(
+    "case",
+    ("ddp", "checkpointing_ddp", "fsdp", "fsdp_without_resharding", "checkpointing_fsdp"),
+)
+def test_two_steps_are_those_of_one_process(ranks, one_process, case):
+    results = returned(ranks, case)
+    check_same_on_all(results)
+    # fp32 through four layers, forwards and backwards, twice.
+    assert relative_error(results[0]["grads"], one_process["grads"]) < 1e-5
+    torch.testing.assert_close(
+        results[0]["report"]["norms"], one_process["report"]["norms"], rtol=1e-5, atol=0
+    )
+    assert results[0]["report"]["names"] == one_process["report"]["names"]
+
+
+def test_frozen_embeddings_under_fsdp(ranks):
+    """Then no input of the first layer needs a gradient, where FSDP2 would finish that layer."""
+    results = returned(ranks, "frozen_embeddings_fsdp")
+    check_same_on_all(results)
+    want = trained(with_frozen_embeddings, seeds=(0, 1))
+    assert relative_error(results[0]["grads"], want["grads"]) < 1e-5
