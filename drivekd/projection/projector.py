@@ -71,10 +71,10 @@ class GradientProjector:
     Note:
         Each loss is differentiated by its own `torch.autograd.grad`, the anchor last; the last one
         frees the graph. Tensor hooks on parameters run once per loss, post-accumulate-grad hooks
-        never. With `every="microbatch"` at most K + 1 buffers of the parameters' size are alive:
-        the K gradients and `.grad`. Nothing is read back to the host. A graph compiled with
-        donated buffers refuses `retain_graph`: set
-        `torch._functorch.config.donated_buffer = False`.
+        never. At most K + 1 buffers of the parameters' size are alive: the K gradients and `.grad`
+        (with `every="step"` K sums and one fresh gradient, if `.grad` is None until `step`).
+        Nothing is read back to the host. A graph compiled with donated buffers refuses
+        `retain_graph`: set `torch._functorch.config.donated_buffer = False`.
 
         Several ranks: the K gradients are averaged (`DistributedDataParallel`'s mean; a loss that a
         rank does not give is zero there) and then projected, so that ranks are one large batch,

@@ -251,8 +251,8 @@ def test_traffic_is_at_most_that_of_so_many_all_reduces(both):
     """(K + 1) / 2 all-reduces of the parameters, and a few hundred bytes of agreement."""
     for result in both("traffic"):
         for number, (sent, calls) in result["sent"].items():
-            # The agreement: pickled statements of about 700 bytes; padding of one element.
-            assert sent <= (number + 1) / 2 * result["all_reduce"] + 1500, number
+            # The agreement, a pickled statement, takes up to 450 bytes here.
+            assert sent <= (number + 1) / 2 * result["all_reduce"] + 600, number
             assert calls["all_reduce"] == 1
             assert calls["reduce_scatter"] == number
             assert calls["gather"] == 1
