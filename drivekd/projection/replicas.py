@@ -67,6 +67,7 @@ class ReplicatedGradients(LocalGradients):
         shapes = [(tuple(parameter.shape), parameter.dtype) for parameter in parameters]
         digest = hashlib.blake2b(repr(shapes).encode(), digest_size=8).hexdigest()
         self._described = f"{len(shapes)} tensors ({digest})"
+        # Of the projection under way: set by reduce, read by add.
         self._buckets: list[Bucket] = []
 
     def reduce(

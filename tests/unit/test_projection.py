@@ -231,6 +231,22 @@ def test_a_reweighting_sees_this_steps_raw_norms_and_sets_its_weights():
     assert relative_error(grads_of(model), grads_of(other)) < 1e-14
 
 
+def test_a_reweighting_observes_the_mean_losses_of_a_step():
+    """Once per projection; a loss that a micro-batch lacks is zero there, as its gradient is."""
+    model = student()
+    rule = Recorded()
+    projector = GradientProjector(model.parameters(), every="step")
+    batches = [model.losses(seed) for seed in (1, 2)]
+    del batches[1]["planning"]
+    want = {n: sum(own[n].item() for own in batches if n in own) / 2 for n in NAMES}
+    for losses in batches:
+        projector.backward(losses, weights=rule, scale=0.5)
+        assert not rule.observed
+    projector.step()
+    (observed,) = rule.observed
+    assert {name: value.item() for name, value in observed.items()} == pytest.approx(want)
+
+
 @pytest.mark.parametrize("missing", ("zero", "official"))
 def test_the_report_says_what_was_done(missing):
     model = student()
