@@ -1,5 +1,7 @@
 """What two ranks with whole models do; `test_replicas.py` holds it against one process."""
 
+import warnings
+
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -250,6 +252,49 @@ def case_anchor_nowhere():
 def case_per_task_syncing_is_refused():
     model, ddp = wrapped(find_unused_parameters=True)
     GradientProjector(model.parameters()).backward(ddp(1, ["ce", "perception"]))
+
+
+def case_a_static_graph_is_refused():
+    model, ddp = wrapped(static_graph=True)
+    GradientProjector(model.parameters()).backward(ddp(1))
+
+
+def case_fsdp1_is_refused():
+    return [refused_fsdp1(own) for own in (True, False)]
+
+
+def refused_fsdp1(use_orig_params):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with warnings.catch_warnings(action="ignore"):
+        model = FullyShardedDataParallel(
+            replica(torch.float32), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+        )
+        projector = None
+        try:
+            projector = GradientProjector(model)
+            projector.backward(model(1))
+        except NotImplementedError as error:
+            return projector is None, str(error)
+
+
+def case_an_ordinary_backward_between():
+    """DDP's own reduction still works in steps that do not project."""
+    model = replica()
+    # DDP would wait for its gradient.
+    model.unused.requires_grad_(False)
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    projector = GradientProjector(ddp, seed=2)
+    for step in range(5):
+        losses = ddp(2 * step + rank())
+        if step % 2:
+            losses["ce"].backward()
+        else:
+            projector.backward(losses)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [own.detach().clone() for own in model.parameters()]
 
 
 def case_per_task_syncing_works_under_no_sync():

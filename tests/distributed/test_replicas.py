@@ -216,6 +216,30 @@ def test_ddp_with_unused_parameters_works_under_no_sync(both):
     assert relative_error(first, want) < 1e-12
 
 
+def test_an_ordinary_backward_between(both):
+    first, second = both("an_ordinary_backward_between")
+    assert relative_error(first, second) == 0.0
+    model = replica()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    projector = GradientProjector(model, seed=2)
+    for step in range(5):
+        losses = mean_losses(model, (2 * step, 2 * step + 1))
+        if step % 2:
+            losses["ce"].backward()
+        else:
+            projector.backward(losses)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert relative_error(first, [own.detach() for own in model.parameters()]) < 1e-12
+
+
+def test_fsdp1_is_refused_when_the_projector_is_made(both):
+    for result in both("fsdp1_is_refused"):
+        for at_once, message in result:
+            assert at_once
+            assert "FSDP1" in message
+
+
 @pytest.mark.parametrize(
     "case, kind, parts",
     [
@@ -229,6 +253,7 @@ def test_ddp_with_unused_parameters_works_under_no_sync(both):
         ("anchor_nowhere", "ValueError", ("anchor 'ce'",)),
         ("no_losses_anywhere", "ValueError", ("no rank",)),
         ("per_task_syncing_is_refused", "NotImplementedError", ("no_sync()", "averages")),
+        ("a_static_graph_is_refused", "NotImplementedError", ("static_graph", "no_sync()")),
         ("sparse_gradients", "NotImplementedError", ("sparse", "parameters[0]")),
         ("wrong_parameters", "ValueError", ("reaches any of the parameters",)),
     ],
