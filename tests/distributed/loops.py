@@ -1,7 +1,12 @@
 """The README's loops on two ranks; `test_loops_on_ranks.py` holds them against one process."""
 
+import os
 import tempfile
+import warnings
 
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,3 +32,23 @@ def case_accelerate_with_accumulation():
 def case_trainer():
     with tempfile.TemporaryDirectory() as folder:
         return run_loop("trainer", folder)
+
+
+def case_accelerate_fsdp():
+    """Last: Accelerate shards on GPUs only, so that its state is told that these are some."""
+    PartialState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+
+    def sharding(**settings):
+        del settings["cpu"]
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+        accelerator = Accelerator(fsdp_plugin=plugin, **settings)
+        assert accelerator.is_fsdp2
+        return accelerator
+
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            return run_loop("accelerate", None, rows=1, accumulation=2, accelerator=sharding)
+        finally:
+            del os.environ["ACCELERATE_USE_FSDP"]

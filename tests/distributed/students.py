@@ -1,5 +1,6 @@
 """Captured attention maps of a transformers model on two ranks; see `test_students.py`."""
 
+import peft
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -54,7 +55,7 @@ def trained(wrap=lambda student: student, seeds=None):
 
 def by_layer(student, **options):
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    for layer in student.model.layers:
+    for layer in student.get_decoder().layers:
         fully_shard(layer, mesh=mesh, **options)
     return fully_shard(student, mesh=mesh, **options)
 
@@ -75,6 +76,35 @@ def with_checkpointing(student):
 def with_frozen_embeddings(student):
     student.get_input_embeddings().requires_grad_(False)
     return student
+
+
+def with_tied_weights(student):
+    student.lm_head.weight = student.get_input_embeddings().weight
+    return student
+
+
+def with_adapters(student):
+    settings = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "k_proj", "down_proj"], init_lora_weights=False
+    )
+    torch.manual_seed(5)
+    return peft.get_peft_model(student, settings)
+
+
+def case_tied_weights_ddp():
+    return trained(lambda student: DistributedDataParallel(with_tied_weights(student)))
+
+
+def case_tied_weights_fsdp():
+    return trained(lambda student: by_layer(with_tied_weights(student)))
+
+
+def case_adapters_ddp():
+    return trained(lambda student: DistributedDataParallel(with_adapters(student)))
+
+
+def case_adapters_fsdp():
+    return trained(lambda student: by_layer(with_adapters(student)))
 
 
 def case_checkpointing_ddp():

@@ -20,6 +20,7 @@ def ranks(tmp_path_factory):
         ("plain_fsdp", {"name": "plain", "rows": 4}),
         ("accelerate", {"name": "accelerate", "rows": 4}),
         ("accelerate_with_accumulation", {"name": "accelerate", "rows": 2, "accumulation": 2}),
+        ("accelerate_fsdp", {"name": "accelerate", "rows": 2, "accumulation": 2}),
         ("trainer", {"name": "trainer", "rows": 4}),
     ],
 )

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from tests.distributed.reference import check_same_on_all, returned
-from tests.distributed.students import trained, with_frozen_embeddings
+from tests.distributed.students import (
+    trained,
+    with_adapters,
+    with_frozen_embeddings,
+    with_tied_weights,
+)
 from tests.helpers.gradients import relative_error
 from tests.helpers.ranks import run_ranks
 
@@ -39,9 +44,22 @@ def test_two_steps_are_those_of_one_process(ranks, one_process, case):
     assert results[0]["report"]["names"] == one_process["report"]["names"]
 
 
-def test_frozen_embeddings_under_fsdp(ranks):
-    """Then no input of the first layer needs a gradient, where FSDP2 would finish that layer."""
-    results = returned(ranks, "frozen_embeddings_fsdp")
+@pytest.mark.parametrize(
+    "case, change",
+    [
+        # No input of the first layer needs a gradient, where FSDP2 would finish that layer.
+        ("frozen_embeddings_fsdp", with_frozen_embeddings),
+        ("tied_weights_ddp", with_tied_weights),
+        ("tied_weights_fsdp", with_tied_weights),
+        ("adapters_ddp", with_adapters),
+        ("adapters_fsdp", with_adapters),
+    ],
+)
+def test_models_whose_parameters_are_not_all_alike(ranks, case, change):
+    results = returned(ranks, case)
     check_same_on_all(results)
-    want = trained(with_frozen_embeddings, seeds=(0, 1))
+    want = trained(change, seeds=(0, 1))
     assert relative_error(results[0]["grads"], want["grads"]) < 1e-5
+    torch.testing.assert_close(
+        results[0]["report"]["norms"], want["report"]["norms"], rtol=1e-5, atol=0
+    )

@@ -45,7 +45,17 @@ class Plain:
         return drivekd.GradientProjector(parameters, method="none")
 
 
-def run_loop(name, folder, *, which="after", rows=2, accumulation=1, library=drivekd, wrap=None):
+def run_loop(
+    name,
+    folder,
+    *,
+    which="after",
+    rows=2,
+    accumulation=1,
+    library=drivekd,
+    wrap=None,
+    accelerator=Accelerator,
+):
     """The student's weights after the loop.
 
     Args:
@@ -55,6 +65,7 @@ def run_loop(name, folder, *, which="after", rows=2, accumulation=1, library=dri
         rows: Rows of a micro-batch of one process.
         accumulation: Micro-batches per optimizer step.
         library: What `drivekd` is.
+        accelerator: Makes the Accelerator.
         wrap: What the plain loop's model is wrapped in; its batches are then those of this rank.
     """
     torch.manual_seed(0)
@@ -76,7 +87,7 @@ def run_loop(name, folder, *, which="after", rows=2, accumulation=1, library=dri
         ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         names["loader"] = list(loader)[rank::ranks]
     if name == "accelerate":
-        names["accelerator"] = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+        names["accelerator"] = accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     if name == "trainer":
         names["arguments"] = transformers.TrainingArguments(
             output_dir=str(folder),
