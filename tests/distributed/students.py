@@ -13,8 +13,12 @@ from tests.helpers.toy_models import qwen2, text_inputs
 LAYERS = [0, 1, 2]
 
 
-def losses_of(student, teacher, seed):
-    """Cross-entropy, a shallow loss (first layer) and one of the first three layers."""
+def losses_of(student, teacher, seed, lack=None):
+    """Cross-entropy, a shallow loss (first layer) and one of the first three layers.
+
+    Batches of odd seeds lack samples for the shallow one if `lack` is "absent" or, which must come
+    to the same, "zero".
+    """
     batch = text_inputs(seed=seed)
     batch["labels"] = batch["input_ids"].clone()
     with torch.no_grad(), drivekd.capture_attention(teacher, LAYERS) as t:
@@ -24,16 +28,22 @@ def losses_of(student, teacher, seed):
     losses = {"ce": ce}
     for name, layers in (("perception", [0]), ("reasoning", LAYERS)):
         loss = drivekd.AttentionMapLoss(student_layers=layers, teacher_layers=layers, region="full")
-        losses[name] = 100.0 * loss(s, t, None)
+        counted = None
+        if name == "perception" and lack is not None and seed % 2:
+            if lack == "absent":
+                continue
+            counted = torch.zeros(len(batch["input_ids"]))
+        losses[name] = 100.0 * loss(s, t, None, sample_weight=counted)
     return losses
 
 
-def trained(wrap=lambda student: student, seeds=None):
+def trained(wrap=lambda student: student, seeds=None, lack=None):
     """Gradients and report of the second of two steps.
 
     Args:
         wrap: Makes the distributed model.
         seeds: Of the batches whose mean loss is taken; None is this rank's.
+        lack: As for `losses_of`.
     """
     student, teacher = qwen2(seed=1), qwen2(seed=2).requires_grad_(False)
     model = wrap(student.train())
@@ -44,7 +54,7 @@ def trained(wrap=lambda student: student, seeds=None):
         optimizer.zero_grad()
         total = {}
         for seed in seeds:
-            for name, loss in losses_of(model, teacher, 10 * step + seed).items():
+            for name, loss in losses_of(model, teacher, 10 * step + seed, lack).items():
                 total[name] = total.get(name, 0.0) + loss / len(seeds)
         report = projector.backward(dict(sorted(total.items())))
         optimizer.step()
@@ -117,6 +127,14 @@ def case_checkpointing_fsdp():
 
 def case_frozen_embeddings_fsdp():
     return trained(lambda student: by_layer(with_frozen_embeddings(student)))
+
+
+def case_lacking_samples_ddp():
+    return trained(DistributedDataParallel, lack="absent")
+
+
+def case_lacking_samples_fsdp():
+    return trained(by_layer, lack="zero")
 
 
 def case_fsdp_without_resharding():

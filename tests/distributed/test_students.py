@@ -63,3 +63,12 @@ def test_models_whose_parameters_are_not_all_alike(ranks, case, change):
     torch.testing.assert_close(
         results[0]["report"]["norms"], want["report"]["norms"], rtol=1e-5, atol=0
     )
+
+
+@pytest.mark.parametrize("case", ("lacking_samples_ddp", "lacking_samples_fsdp"))
+def test_a_rank_without_samples_for_a_loss(ranks, case):
+    """It leaves the loss out or, as FSDP2 needs it, gives the exact zero of no counted sample."""
+    results = returned(ranks, case)
+    check_same_on_all(results)
+    want = trained(seeds=(0, 1), lack="absent")
+    assert relative_error(results[0]["grads"], want["grads"]) < 1e-5
