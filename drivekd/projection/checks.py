@@ -42,6 +42,11 @@ def check_parameters(parameters: object) -> list[Tensor]:
     advice = "for FSDP2 (fully_shard) give the model itself as parameters"
     is_fsdp = False
     if isinstance(parameters, nn.Module):
+        if _is_a(parameters, "DeepSpeedEngine"):
+            raise NotImplementedError(
+                "parameters is a DeepSpeedEngine, which keeps gradients of its own; train with "
+                "DistributedDataParallel or FSDP2"
+            )
         is_fsdp = any(_is_a(module, "FSDPModule") for module in parameters.modules())
         advice = "the model has no FSDP2 module (fully_shard)"
         parameters = parameters.parameters()
@@ -78,7 +83,8 @@ def check_engine(name: str, parameter: Tensor) -> None:
     for attribute, engine in _ENGINES.items():
         if getattr(parameter, attribute, None) not in (None, False):
             raise NotImplementedError(
-                f"{name} belongs to {engine}, which keeps gradients of its own; train without it"
+                f"{name} belongs to {engine}, which keeps gradients of its own; train with "
+                "DistributedDataParallel or FSDP2"
             )
 
 

@@ -167,3 +167,11 @@ def test_refuses_engines_that_own_gradients(mark, engine):
         projector.backward(losses)
     with pytest.raises(NotImplementedError, match=engine):
         GradientProjector(model.parameters())
+
+
+def test_refuses_a_deepspeed_engine():
+    class DeepSpeedEngine(nn.Linear):
+        pass
+
+    with pytest.raises(NotImplementedError, match="DeepSpeedEngine, which keeps gradients"):
+        GradientProjector(DeepSpeedEngine(1, 1))
