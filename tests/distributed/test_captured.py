@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.distributed.reference import check_same_on_all, returned
-from tests.distributed.students import (
+from tests.distributed.captured import (
     trained,
     with_adapters,
     with_frozen_embeddings,
@@ -21,7 +21,7 @@ from tests.helpers.ranks import run_ranks
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return run_ranks("tests.distributed.students", tmp_path_factory.mktemp("students"))
+    return run_ranks("tests.distributed.captured", tmp_path_factory.mktemp("students"))
 
 
 @pytest.fixture(scope="module")

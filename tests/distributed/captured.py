@@ -1,4 +1,4 @@
-"""Captured attention maps of a transformers model on two ranks; see `test_students.py`."""
+"""Captured attention maps of a transformers model on two ranks; see `test_captured.py`."""
 
 import peft
 import torch
