@@ -8,13 +8,13 @@ up in the next one's, silently).
 import pytest
 import torch
 
-from tests.distributed.reference import check_same_on_all, returned
 from tests.distributed.captured import (
     trained,
     with_adapters,
     with_frozen_embeddings,
     with_tied_weights,
 )
+from tests.distributed.reference import check_same_on_all, returned
 from tests.helpers.gradients import relative_error
 from tests.helpers.ranks import run_ranks
 
