@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from drivekd.ops.dispatch import register
-from drivekd.ops.gradient_layout import promoted_dtype
+from drivekd.ops.gradient_layout import one_dtype_per_tensor
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,7 +25,7 @@ def gradient_gram(
     num_patterns: int,
 ) -> Tensor:
     """Gram matrices (num_patterns, num_tasks, num_tasks), float64; zero where a task is absent."""
-    grads = _one_dtype_per_tensor(grads, offsets)
+    grads = one_dtype_per_tensor(grads, offsets)
     values: Tensor = torch.ops.drivekd_native.gram(
         grads, tasks, offsets, rows, num_tasks, num_patterns
     )
@@ -43,17 +43,5 @@ def combine_gradients(
     accumulate: bool,
 ) -> None:
     """`out[t] (+)= sum_k weights[rows[t], k] grads[t, k]`, rounded once to the dtype of `out`."""
-    grads = _one_dtype_per_tensor(grads, offsets)
+    grads = one_dtype_per_tensor(grads, offsets)
     torch.ops.drivekd_native.combine(out, grads, tasks, offsets, rows, weights, accumulate)
-
-
-def _one_dtype_per_tensor(grads: Sequence[Tensor], offsets: Sequence[int]) -> Sequence[Tensor]:
-    """The gradients, promoted where tasks disagree about a tensor's dtype."""
-    if len({grad.dtype for grad in grads}) == 1:
-        return grads
-    same = list(grads)
-    for tensor in range(len(offsets) - 1):
-        own = slice(offsets[tensor], offsets[tensor + 1])
-        dtype = promoted_dtype(same[own])
-        same[own] = [grad.to(dtype) for grad in same[own]]
-    return same
