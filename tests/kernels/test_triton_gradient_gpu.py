@@ -19,7 +19,7 @@ SHAPES = (*((size,) for size in SIZES), (896, 4864), ())
 
 def native():
     return unavailable_reason("native") is None and hasattr(
-        torch.ops.drivekd_native, "cuda_architectures"
+        torch.ops.drivekd_native, "cuda_version"
     )
 
 

@@ -1,7 +1,7 @@
 """The gradient ops of `drivekd._C`, registered as backend "native".
 
-The extension itself is imported by `drivekd.ops.dispatch` when somebody asks for it. Its results do
-not depend on the number of threads.
+The extension itself is imported by `drivekd.ops.dispatch` when somebody asks for it. It takes CUDA
+tensors where it was built for CUDA. Its results do not depend on the number of threads.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,12 @@ from drivekd.ops.gradient_layout import one_dtype_per_tensor
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@register("gradient_gram", "native", devices=("cpu",), dtypes=_DTYPES)
+def _devices() -> tuple[str, ...]:
+    # Only a build for CUDA has this operator.
+    return ("cpu", "cuda") if hasattr(torch.ops.drivekd_native, "cuda_version") else ("cpu",)
+
+
+@register("gradient_gram", "native", devices=_devices, dtypes=_DTYPES)
 def gradient_gram(
     grads: Sequence[Tensor],
     tasks: Sequence[int],
@@ -32,7 +37,7 @@ def gradient_gram(
     return values
 
 
-@register("combine_gradients", "native", devices=("cpu",), dtypes=_DTYPES)
+@register("combine_gradients", "native", devices=_devices, dtypes=_DTYPES)
 def combine_gradients(
     out: Sequence[Tensor],
     grads: Sequence[Tensor],
