@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton", reason="needs triton's compiler; it has no package here")
 
 from benchmarks.offline.compiled import compile_launch
-from benchmarks.offline.gradients import hot_loop, predict, record
+from benchmarks.offline.gradients import binary, hot_loop, predict, record
 
 DTYPES = {
     "fp64": torch.float64,
@@ -71,7 +71,7 @@ def test_memory_bounds_both_kernels(arch, dtype, num_tasks):
     """By instruction counts. The exception is 12 % over: 36 float64 products of 16-byte loads."""
     for launch in launches(dtype, num_tasks):
         if launch.name != "fold" and (arch, dtype, launch.name) != (100, "fp16", "gram"):
-            pipes = predict(launch, arch, 494_000_000).pipes
+            pipes = predict(binary(launch, arch), arch, 494_000_000).pipes
             assert max(pipes, key=pipes.get) == "HBM", pipes
 
 
