@@ -7,16 +7,26 @@ read back, and nothing is compiled anew when sizes or numbers of tensors change.
 
 import contextlib
 from collections.abc import Sequence
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from drivekd_kernels.gradient_combine import combine_kernel
 from drivekd_kernels.gradient_gram import fold_kernel, gram_kernel
-from drivekd_kernels.gradient_table import CHUNK, Kind, Table
+from drivekd_kernels.gradient_table import (
+    CHUNK,
+    Batch,
+    Integers,
+    Kind,
+    Table,
+    batches,
+    exclusive_sum,
+    num_items,
+)
 
 WARPS = 4
 FOLD_BLOCK, FOLD_WARPS = 2048, 8
@@ -46,22 +56,29 @@ def gram(
     """
     device = grads[0].device
     table = Table()
-    addresses = [grad.data_ptr() for grad in grads]
-    # Slots of a block, which has one set of gradients of one pattern, follow each other.
-    blocks: dict[tuple[int, tuple[int, ...]], list[list[int]]] = {}
-    for row, (begin, end) in zip(rows, pairwise(offsets), strict=True):
-        for members in _read_together(range(begin, end)):
-            block = row, tuple(tasks[i] for i in members)
-            blocks.setdefault(block, []).append(members)
+    by_row: dict[int, list[Batch]] = {}
+    for batch in batches(grads, tasks, offsets, rows):
+        by_row.setdefault(batch.row, []).append(batch)
+    # Slots of one pattern and set of gradients follow each other.
     ranges: dict[tuple[int, int, int], tuple[int, int, int]] = {}
     num_slots = 0
-    for (row, present), tensors in blocks.items():
-        first_slot = num_slots
-        for members in tensors:
-            own = [addresses[i] for i in members]
-            num_slots += table.add(grads[members[0]], len(own), own, before=(num_slots,))
-        for pair, (a, b) in enumerate(_lower_triangle(len(present))):
-            ranges.setdefault((row, present[a], present[b]), (pair, first_slot, num_slots))
+    for row, own in by_row.items():
+        present = own[0].tasks
+        for members in _read_together(len(present)):
+            first_slot = num_slots
+            for batch in own:
+                own_items = num_items(batch.sizes)
+                table.add(
+                    len(members),
+                    batch.dtype,
+                    batch.sizes,
+                    [num_slots + exclusive_sum(own_items)],
+                    batch.addresses[:, members],
+                )
+                num_slots += int(own_items.sum())
+            for pair, (a, b) in enumerate(_lower_triangle(len(members))):
+                cell = row, present[members[a]], present[members[b]]
+                ranges.setdefault(cell, (pair, first_slot, num_slots))
     first_cell = table.append(_cells(ranges, num_slots, num_tasks, num_patterns))
     on_device, groups = table.to(device)
 
@@ -99,10 +116,12 @@ def combine(
 ) -> None:
     """`out[t] (+)= sum_k weights[rows[t], k] grads[t, k]`; weights (S, K) float64, contiguous."""
     table = Table()
-    for target, row, (begin, end) in zip(out, rows, pairwise(offsets), strict=True):
-        places = [row * weights.shape[1] + task for task in tasks[begin:end]]
-        addresses = [tensor.data_ptr() for tensor in (target, *grads[begin:end])]
-        table.add(target, end - begin, addresses, after=places)
+    for batch in batches(grads, tasks, offsets, rows):
+        targets = np.array([out[tensor].data_ptr() for tensor in batch.tensors], dtype=np.int64)
+        addresses = np.concatenate([targets[:, None], batch.addresses], axis=1)
+        places = batch.row * weights.shape[1] + np.array(batch.tasks, dtype=np.int64)
+        after = np.broadcast_to(places, batch.addresses.shape)
+        table.add(len(places), batch.dtype, batch.sizes, [], addresses, after)
     on_device, groups = table.to(weights.device)
     with _on(weights.device):
         for kind, first_entry, items in groups:
@@ -112,11 +131,11 @@ def combine(
             )
 
 
-def _read_together(members: Sequence[int]) -> list[list[int]]:
-    """Sets of gradients that a program reads, so that every pair is in one of them."""
-    if len(members) <= MAX_COUNT:
-        return [list(members)]
-    return [list(pair) for pair in combinations(members, 2)]
+def _read_together(count: int) -> list[list[int]]:
+    """Sets of a tensor's gradients that a program reads, so that every pair is in one of them."""
+    if count <= MAX_COUNT:
+        return [list(range(count))]
+    return [list(pair) for pair in combinations(range(count), 2)]
 
 
 def _lower_triangle(size: int) -> list[tuple[int, int]]:
@@ -129,7 +148,7 @@ def _cells(
     num_slots: int,
     num_tasks: int,
     num_patterns: int,
-) -> list[int]:
+) -> Integers:
     """For each cell of the lower triangles: the partial results it sums, and its two places."""
     words = []
     for row in range(num_patterns):
@@ -138,7 +157,7 @@ def _cells(
             first = row * num_tasks**2
             places = first + a * num_tasks + b, first + b * num_tasks + a
             words += [pair * num_slots + begin, pair * num_slots + end, *places]
-    return words
+    return np.array(words, dtype=np.int64)
 
 
 def _meta(kind: Kind, unroll: int) -> dict[str, Any]:

@@ -1,21 +1,62 @@
 """Tables of ragged gradient lists: built on the host, copied to the device without a sync.
 
 `gradient_items.py` says what a table looks like. Records of equal (count, dtype, alignment) form a
-group, which one launch serves.
+group, which one launch serves. Whole columns are computed at once: a model has hundreds of tensors,
+and the GPU may be waiting.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 CHUNK = 1 << 15  # elements of an item
 _ALIGNMENT = 16  # bytes of the widest load
 
+Integers = NDArray[np.int64]
+
 # Pinned tables of calls made while a CUDA graph was captured: its replays copy from them again.
 _captured: list[Tensor] = []
+
+
+class Batch(NamedTuple):
+    """The tensors of one pattern and dtype.
+
+    Attributes:
+        row: of the pattern.
+        tasks: that have a gradient, ascending.
+        dtype: of the gradients.
+        tensors: which they are, ascending.
+        sizes: (tensors,) elements.
+        addresses: (tensors, tasks) of the gradients.
+    """
+
+    row: int
+    tasks: tuple[int, ...]
+    dtype: torch.dtype
+    tensors: list[int]
+    sizes: Integers
+    addresses: Integers
+
+
+def batches(
+    grads: Sequence[Tensor], tasks: Sequence[int], offsets: Sequence[int], rows: Sequence[int]
+) -> Iterator[Batch]:
+    """A flat gradient list (`drivekd.ops.gradient_layout`) by pattern, rows ascending."""
+    members: dict[tuple[int, torch.dtype], list[int]] = {}
+    for tensor, row in enumerate(rows):
+        members.setdefault((row, grads[offsets[tensor]].dtype), []).append(tensor)
+    pointers = np.array([grad.data_ptr() for grad in grads], dtype=np.int64)
+    first = np.asarray(offsets, dtype=np.int64)
+    for (row, dtype), own in sorted(members.items(), key=lambda item: item[0][0]):
+        present = tuple(tasks[offsets[own[0]] : offsets[own[0] + 1]])
+        places = first[own, None] + np.arange(len(present))
+        sizes = np.array([grads[offsets[tensor]].numel() for tensor in own], dtype=np.int64)
+        yield Batch(row, present, dtype, own, sizes, pointers[places])
 
 
 @dataclass(frozen=True)
@@ -35,54 +76,53 @@ class Group(NamedTuple):
     num_items: int
 
 
-@dataclass
-class _Records:
-    places: list[int] = field(default_factory=list)
-    chunks: list[int] = field(default_factory=list)
-    num_items: int = 0
-
-
 class Table:
     """Collects records, then becomes one int64 vector on a device."""
 
     def __init__(self) -> None:
-        self._words: list[int] = []
-        self._groups: dict[Kind, _Records] = {}
+        self._parts: list[Integers] = [np.empty(0, dtype=np.int64)]
+        self._length = 0
+        self._entries: dict[Kind, list[Integers]] = {}
 
     def add(
         self,
-        like: Tensor,
         count: int,
-        addresses: Sequence[int],
-        *,
-        before: Sequence[int] = (),
-        after: Sequence[int] = (),
-    ) -> int:
-        """Append the record (size, first item, before, addresses, after); return its items.
+        dtype: torch.dtype,
+        sizes: Integers,
+        before: Sequence[Integers],
+        addresses: Integers,
+        after: Integers | None = None,
+    ) -> None:
+        """Append a record (size, first item, before, addresses, after) for each tensor.
 
         Args:
-            like: one of the gradients: its size and dtype are those of all.
-            count: number of gradients.
-            addresses: theirs, and their output's where there is one.
-            before: words in front of the addresses.
-            after: words behind them.
+            count: number of a tensor's gradients.
+            dtype: of them.
+            sizes: (tensors,) elements.
+            before: columns (tensors,) in front of the addresses.
+            addresses: (tensors, n) of the gradients, and of the output where there is one.
+            after: (tensors, n) behind the addresses.
         """
-        size = like.numel()
-        num_chunks = -(-size // CHUNK)
-        if num_chunks == 0:
-            return 0
-        aligned = all(address % _ALIGNMENT == 0 for address in addresses)
-        own = self._groups.setdefault(Kind(count, like.dtype, aligned), _Records())
-        own.places.append(len(self._words))
-        own.chunks.append(num_chunks)
-        self._words += (size, own.num_items, *before, *addresses, *after)
-        own.num_items += num_chunks
-        return num_chunks
+        items = num_items(sizes)
+        matching = (addresses % _ALIGNMENT == 0).all(axis=1)
+        for aligned in (True, False):
+            own = matching == aligned
+            if not items[own].any():
+                continue
+            entries = self._entries.setdefault(Kind(count, dtype, aligned), [])
+            first = exclusive_sum(items[own]) + sum(map(len, entries))
+            columns = [sizes[own], first, *(each[own] for each in before), *addresses[own].T]
+            if after is not None:
+                columns += [*after[own].T]
+            records = np.stack(columns, axis=1)
+            places = self.append(records) + records.shape[1] * np.arange(len(records))
+            entries.append(np.repeat(places, items[own]))
 
-    def append(self, words: Sequence[int]) -> int:
+    def append(self, words: Integers) -> int:
         """Append words; return the place of the first."""
-        place = len(self._words)
-        self._words += words
+        place = self._length
+        self._parts.append(words.reshape(-1))
+        self._length += words.size
         return place
 
     def to(self, device: torch.device) -> tuple[Tensor, list[Group]]:
@@ -93,17 +133,24 @@ class Table:
         life of the process, because every replay reads it again; addresses in it are those of the
         captured call, so its gradients must stay where they are, as for any captured kernel.
         """
-        parts = [torch.tensor(self._words, dtype=torch.int64)]
-        groups, first_entry = [], len(self._words)
-        for kind, own in self._groups.items():
-            entries = torch.tensor([own.places, own.chunks], dtype=torch.int64)
-            parts.append(torch.repeat_interleave(entries[0], entries[1]))
-            groups.append(Group(kind, first_entry, own.num_items))
-            first_entry += own.num_items
-        table = torch.cat(parts)
+        groups = []
+        for kind, entries in self._entries.items():
+            own = np.concatenate(entries)
+            groups.append(Group(kind, self.append(own), len(own)))
+        table = torch.from_numpy(np.concatenate(self._parts))
         if device.type != "cuda":
             return table.to(device), groups
         pinned = table.pin_memory()
         if torch.cuda.is_current_stream_capturing():
             _captured.append(pinned)
         return pinned.to(device, non_blocking=True), groups
+
+
+def num_items(sizes: Integers) -> Integers:
+    """Items of tensors of so many elements."""
+    return -(-sizes // CHUNK)
+
+
+def exclusive_sum(values: Integers) -> Integers:
+    """For each value the sum of those before it."""
+    return np.cumsum(values) - values
