@@ -19,7 +19,11 @@ _ALIGNMENT = 16  # bytes of the widest load
 
 Integers = NDArray[np.int64]
 
-# Pinned tables of calls made while a CUDA graph was captured: its replays copy from them again.
+# Pinned memory for tables of calls that a CUDA graph captures: it cannot be allocated there in every
+# version of torch, so other calls see to it that some is left over.
+_spares: list[Tensor] = []
+_NUM_SPARES = 8
+# Pinned tables of captured calls: replays copy from them again.
 _captured: list[Tensor] = []
 
 
@@ -129,9 +133,7 @@ class Table:
         """The table and its launches.
 
         On a GPU the copy is asynchronous, from pinned memory that torch's allocator does not reuse
-        before the copy has run. While a CUDA graph is captured the pinned table is kept for the
-        life of the process, because every replay reads it again; addresses in it are those of the
-        captured call, so its gradients must stay where they are, as for any captured kernel.
+        before the copy has run.
         """
         groups = []
         for kind, entries in self._entries.items():
@@ -140,10 +142,30 @@ class Table:
         table = torch.from_numpy(np.concatenate(self._parts))
         if device.type != "cuda":
             return table.to(device), groups
-        pinned = table.pin_memory()
-        if torch.cuda.is_current_stream_capturing():
-            _captured.append(pinned)
-        return pinned.to(device, non_blocking=True), groups
+        return _pinned(table).to(device, non_blocking=True), groups
+
+
+def _pinned(table: Tensor) -> Tensor:
+    """A copy of the table in pinned memory.
+
+    While a CUDA graph is captured it is kept for the life of the process, because every replay
+    reads it again. Addresses in it are those of the captured call, so its gradients must stay where
+    they are, as for any captured kernel.
+    """
+    large_enough = [spare for spare in _spares if len(spare) >= len(table)]
+    if torch.cuda.is_current_stream_capturing():
+        if large_enough:
+            _captured.append(large_enough.pop()[: len(table)].copy_(table))
+            _spares[:] = large_enough
+        else:
+            _captured.append(table.pin_memory())
+        return _captured[-1]
+    if len(large_enough) < _NUM_SPARES:
+        length = 1 << len(table).bit_length()
+        missing = range(_NUM_SPARES - len(large_enough))
+        new = [torch.empty(length, dtype=table.dtype, pin_memory=True) for _ in missing]
+        _spares[:] = [*large_enough, *new]
+    return table.pin_memory()
 
 
 def num_items(sizes: Integers) -> Integers:

@@ -26,7 +26,7 @@ pytest.importorskip("drivekd_kernels.gradient_launch")
 
 import triton.language as tl
 from drivekd_kernels import gradient_gram as kernels
-from drivekd_kernels import gradient_launch
+from drivekd_kernels import gradient_launch, gradient_table
 from drivekd_kernels.gradient_table import CHUNK, Kind
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -248,6 +248,31 @@ def test_nothing_is_read_back():
         gram = gradient_gram(lists, backend="triton")
         combine_gradients(lists, weights, backend="triton")
     assert gram.values.device.type == DEVICE
+
+
+def test_captured_tables_come_from_spare_memory_and_are_kept(monkeypatch):
+    """Pinned memory is stood for by plain memory; which, the addresses tell."""
+    empty, capturing = torch.empty, [False]
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    for name in ("_spares", "_captured"):
+        monkeypatch.setattr(gradient_table, name, [])
+    small, large = (torch.arange(length) for length in (100, 1000))
+    for table in (small, large):
+        assert torch.equal(gradient_table._pinned(table), table)
+    addresses = {spare.data_ptr() for spare in gradient_table._spares}
+    assert len(addresses) == gradient_table._NUM_SPARES
+    capturing[0] = True
+    taken = [gradient_table._pinned(large) for _ in range(gradient_table._NUM_SPARES)]
+    assert {table.data_ptr() for table in taken} == addresses
+    assert all(torch.equal(table, large) for table in taken)
+    assert torch.equal(gradient_table._pinned(small), small)  # none is left: up to torch
+    assert len(gradient_table._captured) == gradient_table._NUM_SPARES + 1
+    capturing[0] = False
+    gradient_table._pinned(small)
+    new = {spare.data_ptr() for spare in gradient_table._spares}
+    assert len(new) == gradient_table._NUM_SPARES and not new & addresses
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU a real tensor of that size is used")
