@@ -19,8 +19,8 @@ _ALIGNMENT = 16  # bytes of the widest load
 
 Integers = NDArray[np.int64]
 
-# Pinned memory for tables of calls that a CUDA graph captures: it cannot be allocated there in every
-# version of torch, so other calls see to it that some is left over.
+# Pinned memory for tables of calls that a CUDA graph captures: not every version of torch can
+# allocate it there, so other calls see to it that some is left over.
 _spares: list[Tensor] = []
 _NUM_SPARES = 8
 # Pinned tables of captured calls: replays copy from them again.
