@@ -179,11 +179,11 @@ def test_out_may_be_a_gradient_of_the_same_tensor():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_layout_does_not_matter(dtype):
     """Transposed, strided, and starting at an address that 16 does not divide."""
-    lists = task_gradients(3, shapes=[(67, 33)], dtype=dtype)
+    lists = on_device(task_gradients(3, shapes=[(67, 33)], dtype=dtype))
     plain = lists[0][0]
-    wide = torch.zeros(67, 66, dtype=dtype)
+    wide = torch.zeros(67, 66, dtype=dtype, device=DEVICE)
     wide[:, ::2] = plain
-    shifted = torch.zeros(plain.numel() + 1, dtype=dtype)
+    shifted = torch.zeros(plain.numel() + 1, dtype=dtype, device=DEVICE)
     shifted[1:] = plain.reshape(-1)
     want_gram, want = gram_of(lists).values, combined(lists, [1.0, -0.5, 2.0])[0]
     for moved in (plain.mT.contiguous().mT, wide[:, ::2], shifted[1:].view_as(plain)):

@@ -103,6 +103,30 @@ def test_all_16_bit_values_are_read_and_rounded_as_torch_does(backend, dtype):
 
 
 @both
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_unaligned_tensors(backend, dtype, offset):
+    """Views into one bucket, as data parallelism makes them; one of them is aligned."""
+    lists = task_gradients(3, shapes=[(70_001,), (33, 65)], dtype=dtype)
+    moved = []
+    for own in lists:
+        bucket = torch.cat([own[0][:offset], *(x.reshape(-1) for x in own)]).cuda()
+        first = bucket[offset : offset + 70_001]
+        moved.append([first, bucket[offset + 70_001 :].view(33, 65)])
+    moved[0][0] = lists[0][0].cuda()
+    want = gradient_gram(lists, backend="torch").total
+    got = gradient_gram(moved, backend=backend).total.cpu()
+    assert float((got - want).abs().max() / want.diagonal().max()) < 1e-7
+    weights = torch.randn(3, dtype=torch.float64)
+    plain = combine_gradients(lists, weights, backend="torch")
+    out = [torch.zeros(70_002, dtype=dtype, device="cuda")[1:], None]
+    result = combine_gradients(moved, weights.cuda(), out=out, backend=backend)
+    assert result[0] is out[0]
+    for x, y in zip(result, plain, strict=True):
+        torch.testing.assert_close(x.cpu(), y, rtol=2e-2 if x.itemsize == 2 else 1e-6, atol=1e-7)
+
+
+@both
 def test_no_synchronisation_and_a_graph_replays_it(backend):
     lists = on_gpu(task_gradients(shapes=SHAPES, presence=("1111", "1011"), dtype=torch.bfloat16))
     out = [torch.empty_like(x) for x in lists[0]]
@@ -132,15 +156,16 @@ def test_no_synchronisation_and_a_graph_replays_it(backend):
 def test_calls_in_flight_do_not_share_a_table(backend):
     """Tables of many calls are queued before the first of them has run."""
     cases = [
-        on_gpu(task_gradients(2, shapes=[(n,), (n + 3,)], dtype=torch.float32, seed=n))
+        task_gradients(2, shapes=[(n,), (n + 3,)], dtype=torch.float32, seed=n)
         for n in range(1000, 1040)
     ]
     wanted = [gradient_gram(case, backend="torch").values for case in cases]
+    cases = [on_gpu(case) for case in cases]
     torch.cuda.synchronize()
     torch.cuda._sleep(50_000_000)
     results = [gradient_gram(case, backend=backend).values for case in cases]
     for got, want in zip(results, wanted, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-9)
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-12, atol=1e-9)
 
 
 @both
