@@ -26,8 +26,8 @@ from benchmarks.offline.model import CLOCK_GHZ, DEVICES
 from benchmarks.offline.record import Launch, recorded
 from benchmarks.shapes import MODEL_GRADIENTS
 
-# Lanes a clock of a multiprocessor: float64 arithmetic, and conversions from and to 64 bits, by the
-# tables of CUDA's programming guide.
+# Lanes a clock of a multiprocessor, from memory of data sheets and of CUDA's programming guide, not
+# looked up again: float64 arithmetic, and conversions from and to 64 bits.
 FP64_PER_CLOCK = {80: 32, 90: 64, 100: 64}
 CONVERTED_PER_CLOCK = 16
 
