@@ -43,7 +43,7 @@ $(VENV)/.torch: Makefile
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/core/*)
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/core/* csrc/cuda/*)
 	@echo "drivekd: installing drivekd[$(EXTRAS)] and building its extension (once)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[$(EXTRAS)]" "$(HF)"
 	@$(BIN)/python -m drivekd doctor --build

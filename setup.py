@@ -2,9 +2,11 @@
 
 `DRIVEKD_BUILD` is `auto` (build where possible, the default), `1` (fail where not) or `0`. Torch is
 no build requirement: an unpinned one would bring gigabytes into the build environment, and might be
-another one than at run time. csrc/README.md says more.
+another one than at run time. The CUDA sources are compiled where torch is a CUDA build and there is
+an nvcc; a GPU is not asked for. csrc/README.md says more.
 """
 
+import glob
 import json
 import os
 import shlex
@@ -21,6 +23,9 @@ SOURCES = ["csrc/bindings.cpp", *(f"csrc/core/{name}.cpp" for name in CORE)]
 HEADERS = [
     f"csrc/core/{name}" for name in ("drivekd_core.h", "kernels.h", "kernels.inc", "chunks.h")
 ]
+CUDA_SOURCES = [f"csrc/cuda/{name}.cu" for name in ("gram", "combine")]
+CUDA_HEADERS = [f"csrc/cuda/{name}" for name in ("drivekd_cuda.h", "tables.h", "elements.cuh")]
+CUDA_ARCHITECTURES = (80, 90, 100)  # and PTX of the last; TORCH_CUDA_ARCH_LIST replaces them
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
 # What the core needs of a compiler: the vector extensions of GCC and Clang.
 TRIAL = """
@@ -98,6 +103,64 @@ def check_compiler():
         raise BuildImpossibleError(f"{compiler[0]} fails on a trial file{detail}")
 
 
+def find_nvcc(torch):
+    """Path of the nvcc to compile with, or None."""
+    if torch.version.cuda is None:
+        return None
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = os.path.join(CUDA_HOME, "bin", "nvcc") if CUDA_HOME else None
+    if nvcc is None or shutil.which(nvcc) is None:
+        say("building without the CUDA kernels of drivekd._C: there is no nvcc; set CUDA_HOME")
+        return None
+    return nvcc
+
+
+def cuda_flags(nvcc):
+    """Flags of nvcc: the architectures that it knows of those that we ship."""
+    flags = ["-std=c++17", "-O3"]
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return flags
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    known = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}\n" in listing.stdout]
+    if not known:
+        raise BuildImpossibleError(f"{nvcc} knows none of sm_80, sm_90, sm_100")
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
+    return [*flags, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
+
+
+def cpu_extension():
+    from torch.utils import cpp_extension
+
+    return cpp_extension.CppExtension(
+        "drivekd._C",
+        SOURCES,
+        depends=[*HEADERS, *CUDA_SOURCES, *CUDA_HEADERS],  # so that a source archive has them all
+        include_dirs=[os.path.abspath("csrc")],
+        define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
+        extra_compile_args={"cxx": FLAGS},
+        py_limited_api=True,
+    )
+
+
+def cuda_extension(nvcc):
+    from torch.utils import cpp_extension
+
+    extension = cpp_extension.CUDAExtension(
+        "drivekd._C",
+        [*SOURCES, *CUDA_SOURCES],
+        depends=[*HEADERS, *CUDA_HEADERS],
+        include_dirs=[os.path.abspath("csrc")],
+        define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI), ("DRIVEKD_CUDA", "1")],
+        extra_compile_args={"cxx": FLAGS, "nvcc": cuda_flags(nvcc)},
+        py_limited_api=True,
+    )
+    # A toolkit made of Python packages has no libcudart.so to link with; torch brings the library.
+    if not any(glob.glob(os.path.join(path, "libcudart.so")) for path in extension.library_dirs):
+        extension.libraries = [name for name in extension.libraries if name != "cudart"]
+    return extension
+
+
 def extension_arguments():
     """Arguments of setup() that build the extension."""
     if build_mode() == "0":
@@ -106,35 +169,47 @@ def extension_arguments():
     torch = find_torch()
     from torch.utils import cpp_extension
 
-    say(f"building drivekd._C against torch {torch.__version__}")
-    extension = cpp_extension.CppExtension(
-        "drivekd._C",
-        SOURCES,
-        depends=HEADERS,
-        include_dirs=[os.path.abspath("csrc")],
-        define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
-        extra_compile_args=FLAGS,
-        py_limited_api=True,
-    )
+    nvcc = find_nvcc(torch)
+    cuda = f" with {nvcc}" if nvcc else ""
+    say(f"building drivekd._C against torch {torch.__version__}{cuda}")
     return {
-        "ext_modules": [extension],
+        "ext_modules": [cuda_extension(nvcc) if nvcc else cpu_extension()],
         "cmdclass": {"build_ext": tolerant(cpp_extension.BuildExtension)},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
 
 
+def drop_cuda(extension):
+    """Turn an extension back into the one without CUDA; whether it was another."""
+    plain = cpu_extension()
+    if extension.sources == plain.sources:
+        return False
+    for name in ("sources", "depends", "define_macros", "include_dirs", "library_dirs"):
+        setattr(extension, name, getattr(plain, name))
+    extension.libraries = plain.libraries
+    extension.extra_compile_args = plain.extra_compile_args
+    return True
+
+
 def tolerant(build_extension):
-    """BuildExtension that leaves the extension out when it does not compile."""
+    """BuildExtension that leaves out what does not compile: the CUDA kernels, then everything."""
 
     class BuildExtension(build_extension):
         def run(self):
+            before = self.inplace, self.compiler
             try:
                 super().run()
             except Exception as error:
                 if build_mode() == "1":
                     raise
-                say_missing(f"the compiler failed ({type(error).__name__}; pip -v shows how)")
-                self.extensions = []
+                reason = f"the compiler failed ({type(error).__name__}; pip -v shows how)"
+                self.inplace, self.compiler = before
+                if drop_cuda(*self.extensions):
+                    say(f"building without the CUDA kernels of drivekd._C: {reason}")
+                    self.run()
+                else:
+                    say_missing(reason)
+                    self.extensions = []
 
         def copy_extensions_to_source(self):
             if self.extensions:

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import torch
 
 WARMUP, ROUNDS = 5, 20
 _FLUSH_BYTES = 256 * 2**20
+_AHEAD_CYCLES = 20_000_000  # about 10 ms in which the host queues what is timed
 
 
-def timed(benchmark, call: Callable[[], object]) -> None:
+def timed(benchmark, call: Callable[[], object], *, queued: bool = False) -> None:
     """Rounds of `call` in milliseconds and its extra peak memory, into `benchmark.extra_info`.
 
     pytest-benchmark's own clock stands on the host; it times the same call with a synchronisation
-    behind it, for its table. Ratios are to be made from `rounds_ms`.
+    behind it, for its table. Ratios are to be made from `rounds_ms`. With `queued` these leave out
+    the host's part, as when other work keeps the GPU busy; `host_ms` is that part.
     """
     for _ in range(WARMUP):
         call()
@@ -25,20 +28,26 @@ def timed(benchmark, call: Callable[[], object]) -> None:
     torch.cuda.reset_peak_memory_stats()
     call()
     torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - before
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    rounds = []
+    rounds, host = [], []
     for _ in range(ROUNDS):
         flush.zero_()
+        if queued:
+            torch.cuda._sleep(_AHEAD_CYCLES)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
+        started = time.perf_counter()
         call()
+        host.append(1e3 * (time.perf_counter() - started))
         end.record()
         torch.cuda.synchronize()
         rounds.append(begin.elapsed_time(end))
     benchmark.extra_info.update(
         rounds_ms=rounds,
         median_ms=sorted(rounds)[len(rounds) // 2],
-        extra_peak_bytes=torch.cuda.max_memory_allocated() - before - flush.numel(),
+        host_ms=sorted(host)[len(host) // 2],
+        extra_peak_bytes=extra,
         clocks=_clocks(),
     )
 

@@ -45,4 +45,28 @@ GPU_PAIRS = {
     )
 }
 
-RAGGED_GRADIENTS = {"tensors": 300, "elements": 30_000_000, "tasks": 4}
+
+@dataclass(frozen=True)
+class Gradients:
+    """Lists of task gradients of one model: elements of each tensor, and the number of tasks."""
+
+    sizes: tuple[int, ...]
+    tasks: int = 4
+
+    @property
+    def elements(self) -> int:
+        """Of one task's gradients."""
+        return sum(self.sizes)
+
+
+def _decoder(layers: int, width: int, kv_width: int, inner: int, vocabulary: int) -> Gradients:
+    """A decoder with biases at q, k, v and one embedding, tied to the head."""
+    attention = [width * width, width, *2 * [width * kv_width, kv_width], width * width]
+    layer = [*attention, *3 * [width * inner], width, width]
+    return Gradients((vocabulary * width, *layers * layer, width))
+
+
+# Qwen2-0.5B: 24 layers, 14 heads and 2 key heads of 64; 290 tensors, 494 M parameters.
+MODEL_GRADIENTS = _decoder(24, 896, 128, 4864, 151_936)
+RAGGED_GRADIENTS = Gradients(tuple(1_000 + 1_215 * (i * i % 200) for i in range(300)))
+SMALL_GRADIENTS = _decoder(4, 128, 64, 512, 2_000)

@@ -42,7 +42,8 @@ class Diagnosis:
         versions: package -> version, or None where it is not installed.
         devices: what computations can run on.
         extension: `path` of the compiled extension, its `isa` (the instruction set that it picked
-            on this processor), and `reason`, why it cannot be used; None where it does not apply.
+            on this processor), `cuda`, the toolkit that its CUDA kernels were compiled with, and
+            `reason`, why it cannot be used; None where it does not apply.
         backends: op -> {backend: "available" or why not, "auto on cpu": name, ...}.
         environment: variable -> value, or None where it is not set.
         problems: what keeps drivekd from working here; empty when it is usable.
@@ -106,7 +107,8 @@ def _extension_lines(diagnosis: Diagnosis) -> list[str]:
     if extension["reason"] is not None:
         return [f"not in use: {extension['reason']}"]
     isa = f", instruction set {extension['isa']}" if extension["isa"] else ""
-    return [f"{extension['path']}{isa}"]
+    cuda = f", CUDA {extension['cuda']}" if extension["cuda"] else ", without CUDA kernels"
+    return [f"{extension['path']}{isa}{cuda}"]
 
 
 def _backend_lines(diagnosis: Diagnosis) -> list[str]:
@@ -171,9 +173,22 @@ def _extension() -> dict[str, str | None]:
     reason = dispatch.unavailable_reason("native")
     spec = importlib.util.find_spec("drivekd._C")
     path = None if spec is None else spec.origin
-    return {"path": path, "isa": None if reason else _isa(), "reason": reason}
+    return {
+        "path": path,
+        "isa": None if reason else _isa(),
+        "cuda": None if reason else _cuda(),
+        "reason": reason,
+    }
 
 
 def _isa() -> str:
     """The instruction set that the extension's CPU kernels chose."""
     return _ISA_NAMES[torch.ops.drivekd_native.cpu_isa()]
+
+
+def _cuda() -> str | None:
+    """The toolkit that the extension's CUDA kernels were compiled with."""
+    if not hasattr(torch.ops.drivekd_native, "cuda_version"):
+        return None
+    version = int(torch.ops.drivekd_native.cuda_version())
+    return f"{version // 1000}.{version % 1000 // 10}"

@@ -189,8 +189,8 @@ def _compile(launch: Launch, arch: int) -> Compiled:
     return Compiled(
         name=launch.name,
         arch=arch,
-        block_q=values["BLOCK_Q"],
-        block_k=values["BLOCK_K"],
+        block_q=values.get("BLOCK_Q", 0),
+        block_k=values.get("BLOCK_K", 0),
         block_d=values.get("BLOCK_D", 0),
         warps=launch.warps,
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),

@@ -23,9 +23,11 @@ from drivekd.ops.triton_backend import attention_map as backend
 from drivekd.ops.triton_backend.tokens import kernel_tokens
 
 POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.int64: "*i64",
     torch.int32: "*i32",
     torch.int8: "*i8",
 }

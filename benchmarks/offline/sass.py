@@ -24,6 +24,8 @@ KINDS = {
     "HMMA": ("HMMA",),
     "UTCMMA": ("UTCHMMA", "UTCQMMA"),
     "EX2": ("MUFU.EX2",),
+    "FP64": ("DFMA", "DADD", "DMUL"),
+    "CONVERT64": ("F2F.F64", "F2F.F32.F64"),
     "FFMA": ("FFMA",),
     "FADD": ("FADD",),
     "FMUL": ("FMUL",),

@@ -97,7 +97,8 @@ def gradient_gram(task_grads: TaskGradients, *, backend: BackendName = "auto") -
         task_grads: K sequences of equal length T, one per task; entry t is that task's gradient of
             tensor t, or None. Gradients of one tensor share a shape; shapes, strides and dtypes
             (float64, float32, bfloat16, float16) may otherwise differ, the device may not.
-        backend: "auto" (native on a CPU where the extension is built, else torch), "torch" or
+        backend: "auto" (on a CPU native where the extension is built, else torch; on a CUDA device
+            triton, else native where it was built for CUDA, else torch), "torch", "triton" or
             "native".
 
     Returns:

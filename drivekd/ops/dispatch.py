@@ -49,13 +49,14 @@ class _Entry:
     """One implementation and the tensors it takes; None means any."""
 
     function: Callable[..., Any]
-    devices: tuple[str, ...] | None
+    devices: Callable[[], tuple[str, ...]] | tuple[str, ...] | None
     dtypes: tuple[torch.dtype, ...] | None
 
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this implementation cannot take such tensors, or None."""
-        if self.devices is not None and device.type not in self.devices:
-            return f"it runs on {' and '.join(self.devices)} tensors, got {device.type} tensors"
+        devices = self.devices() if callable(self.devices) else self.devices
+        if devices is not None and device.type not in devices:
+            return f"it runs on {' and '.join(devices)} tensors, got {device.type} tensors"
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"it takes {', '.join(map(str, self.dtypes))}, got {dtype}"
         return None
@@ -69,7 +70,7 @@ def register(
     op: str,
     backend: str,
     *,
-    devices: tuple[str, ...] | None = None,
+    devices: Callable[[], tuple[str, ...]] | tuple[str, ...] | None = None,
     dtypes: tuple[torch.dtype, ...] | None = None,
 ) -> Callable[[Implementation], Implementation]:
     """Decorator that enters a callable as the implementation of `op` on `backend`.
@@ -77,7 +78,8 @@ def register(
     Args:
         op: Name of the op, without the `drivekd::` namespace.
         backend: One of `BACKENDS`.
-        devices: Device types it takes, e.g. `("cuda",)`; None is any device.
+        devices: Device types it takes, e.g. `("cuda",)`; a callable where that is known only once
+            the backend is loaded; None is any device.
         dtypes: Dtypes it takes; None is any floating dtype.
 
     Raises:

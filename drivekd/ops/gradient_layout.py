@@ -66,3 +66,15 @@ def promoted_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
         if tensor.dtype != dtype:
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def one_dtype_per_tensor(grads: Sequence[Tensor], offsets: Sequence[int]) -> Sequence[Tensor]:
+    """The gradients, promoted where tasks disagree about a tensor's dtype."""
+    if len({grad.dtype for grad in grads}) == 1:
+        return grads
+    same = list(grads)
+    for tensor in range(len(offsets) - 1):
+        own = slice(offsets[tensor], offsets[tensor + 1])
+        dtype = promoted_dtype(same[own])
+        same[own] = [grad.to(dtype) for grad in same[own]]
+    return same

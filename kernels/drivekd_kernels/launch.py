@@ -470,7 +470,8 @@ def _multiprocessors(tensor: Tensor) -> int:
     """How many a tensor's GPU has; an H200 where there is none."""
     if tensor.device.type != "cuda":
         return 132
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    count: int = torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return count
 
 
 def one_pass(query: Tensor) -> bool:

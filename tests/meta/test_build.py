@@ -167,8 +167,11 @@ def test_the_compiled_wheel_works_for_every_python_from_311(checkout):
     assert not [own for own in files if own.endswith((".cpp", ".h", ".o"))]
 
 
+CORES = [path for part in ("core", "cuda") for path in (ROOT / "csrc" / part).iterdir()]
+
+
 def test_the_core_knows_neither_torch_nor_python():
-    for path in (ROOT / "csrc" / "core").iterdir():
+    for path in CORES:
         text = path.read_text()
         assert "#include <torch" not in text, path
         assert "Python.h" not in text, path
@@ -176,5 +179,5 @@ def test_the_core_knows_neither_torch_nor_python():
 
 def test_setup_lists_every_source():
     text = (ROOT / "setup.py").read_text()
-    for path in (ROOT / "csrc" / "core").iterdir():
+    for path in CORES:
         assert f'"{path.stem}"' in text or f'"{path.name}"' in text, path

@@ -55,6 +55,16 @@ def test_auto_skips_a_backend_that_does_not_take_the_tensors(registry):
     assert dispatch.resolve("op", "auto", device=CPU, dtype=torch.float64) == "torch"
 
 
+def test_devices_may_be_known_only_once_the_backend_is_loaded(registry):
+    known = ["cpu"]
+    _fill("torch")
+    _fill("native", devices=lambda: tuple(known))
+    cuda = torch.device("cuda")
+    assert dispatch.resolve("op", "auto", device=cuda, dtype=torch.float32) == "torch"
+    known.append("cuda")
+    assert dispatch.resolve("op", "auto", device=cuda, dtype=torch.float32) == "native"
+
+
 def test_a_named_backend_never_becomes_another(registry):
     _fill("torch")
     _fill("native", dtypes=(torch.float32,))

@@ -75,8 +75,12 @@ def test_a_built_extension_shows_its_file_and_instruction_set(monkeypatch, level
     namespace = SimpleNamespace(cpu_isa=lambda: level)
     monkeypatch.setattr(torch.ops, "drivekd_native", namespace, raising=False)
     diagnosis = diagnose()
-    assert diagnosis.extension == {"path": "somewhere/_C.so", "isa": shown, "reason": None}
-    assert f"somewhere/_C.so, instruction set {shown}" in format_build(diagnosis)
+    built = {"path": "somewhere/_C.so", "isa": shown, "cuda": None, "reason": None}
+    assert diagnosis.extension == built
+    line = f"somewhere/_C.so, instruction set {shown}, without CUDA kernels"
+    assert line in format_build(diagnosis)
+    namespace.cuda_version = lambda: 13010
+    assert f"instruction set {shown}, CUDA 13.1" in format_build(diagnose())
 
 
 @pytest.mark.parametrize("version", [None, "2.10.1", "1.13.0+cu118"])

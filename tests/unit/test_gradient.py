@@ -389,17 +389,19 @@ def test_combination_refuses(arguments, error, message):
 
 @pytest.mark.parametrize("call", ("gram", "combine"))
 def test_refuses_backends(call):
-    lists = [[ones(3)]]
+    lists, weights = [[ones(3)]], ones(1)
 
     def run(backend):
         if call == "gram":
             return gradient_gram(lists, backend=backend)
-        return combine_gradients(lists, ones(1), backend=backend)
+        return combine_gradients(lists, weights, backend=backend)
 
     with pytest.raises(ValueError, match="backend"):
         run("cuda")
     with pytest.raises(TypeError, match="backend"):
         run(None)
+    # Under Triton's interpreter that backend takes CPU tensors as well.
+    lists, weights = [[ones(3, device="meta")]], ones(1, device="meta")
     with pytest.raises(BackendUnavailableError, match="triton"):
         run("triton")
 

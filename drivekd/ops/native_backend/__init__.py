@@ -1,1 +1,1 @@
-"""The compiled CPU backend: `drivekd._C`, built from csrc/."""
+"""The compiled backend: `drivekd._C`, built from csrc/."""

@@ -1,7 +1,7 @@
 """The gradient ops of `drivekd._C`, registered as backend "native".
 
-The extension itself is imported by `drivekd.ops.dispatch` when somebody asks for it. Its results do
-not depend on the number of threads.
+The extension itself is imported by `drivekd.ops.dispatch` when somebody asks for it. It takes CUDA
+tensors where it was built for CUDA. Its results do not depend on the number of threads.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 
 from drivekd.ops.dispatch import register
-from drivekd.ops.gradient_layout import promoted_dtype
+from drivekd.ops.gradient_layout import one_dtype_per_tensor
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@register("gradient_gram", "native", devices=("cpu",), dtypes=_DTYPES)
+def _devices() -> tuple[str, ...]:
+    # Only a build for CUDA has this operator.
+    return ("cpu", "cuda") if hasattr(torch.ops.drivekd_native, "cuda_version") else ("cpu",)
+
+
+@register("gradient_gram", "native", devices=_devices, dtypes=_DTYPES)
 def gradient_gram(
     grads: Sequence[Tensor],
     tasks: Sequence[int],
@@ -25,14 +30,14 @@ def gradient_gram(
     num_patterns: int,
 ) -> Tensor:
     """Gram matrices (num_patterns, num_tasks, num_tasks), float64; zero where a task is absent."""
-    grads = _one_dtype_per_tensor(grads, offsets)
+    grads = one_dtype_per_tensor(grads, offsets)
     values: Tensor = torch.ops.drivekd_native.gram(
         grads, tasks, offsets, rows, num_tasks, num_patterns
     )
     return values
 
 
-@register("combine_gradients", "native", devices=("cpu",), dtypes=_DTYPES)
+@register("combine_gradients", "native", devices=_devices, dtypes=_DTYPES)
 def combine_gradients(
     out: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -43,17 +48,5 @@ def combine_gradients(
     accumulate: bool,
 ) -> None:
     """`out[t] (+)= sum_k weights[rows[t], k] grads[t, k]`, rounded once to the dtype of `out`."""
-    grads = _one_dtype_per_tensor(grads, offsets)
+    grads = one_dtype_per_tensor(grads, offsets)
     torch.ops.drivekd_native.combine(out, grads, tasks, offsets, rows, weights, accumulate)
-
-
-def _one_dtype_per_tensor(grads: Sequence[Tensor], offsets: Sequence[int]) -> Sequence[Tensor]:
-    """The gradients, promoted where tasks disagree about a tensor's dtype."""
-    if len({grad.dtype for grad in grads}) == 1:
-        return grads
-    same = list(grads)
-    for tensor in range(len(offsets) - 1):
-        own = slice(offsets[tensor], offsets[tensor + 1])
-        dtype = promoted_dtype(same[own])
-        same[own] = [grad.to(dtype) for grad in same[own]]
-    return same

@@ -1,3 +1,4 @@
-"""Backend of Triton kernels: chunks of rows streamed through one workspace (kernels/README.md)."""
+"""Backend of Triton kernels: attention maps in chunks of rows, gradients through pointer tables."""
 
 from drivekd.ops.triton_backend import attention_map as attention_map  # registers
+from drivekd.ops.triton_backend import gradient as gradient

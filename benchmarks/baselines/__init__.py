@@ -1,0 +1,1 @@
+"""What drivekd is compared with where no library has it."""
