@@ -57,7 +57,7 @@ class Compiled:
         block_q, block_k, block_d: of its tile.
         warps: of a program.
         registers: of a thread.
-        stack: bytes of a thread in local memory: spills.
+        stack: bytes of a thread in local memory: spills, of loops or of what is outside of them.
         shared: bytes of a program.
         tensor_columns: of tensor memory (sm_100).
         products: matrix products per tile in the kernel's source.
@@ -87,6 +87,12 @@ class Compiled:
     @cached_property
     def _loops(self) -> tuple[sass.Loop | None, sass.Loop | None]:
         return _find_loops(self.code) if self.name in PRODUCTS else (None, None)
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of local memory inside the loops over tiles."""
+        loops = {loop.header: loop for loop in self._loops if loop is not None}
+        return sum(loop.mix.counts["LOCAL"] for loop in loops.values())
 
     @property
     def main(self) -> sass.Loop | None:

@@ -31,8 +31,9 @@ KINDS = {
     "FMUL": ("FMUL",),
     "MINMAX": ("FMNMX", "FMNMX3"),
     "SELECT": ("ISETP", "FSETP", "FSEL", "SEL", "UISETP", "USEL"),
-    "LOAD": ("LDGSTS", "LDG", "LDSM", "LDS", "LDTM", "LDL", "UTMALDG"),
-    "STORE": ("STG", "STSM", "STS", "STTM", "STL"),
+    "LOCAL": ("LDL", "STL"),
+    "LOAD": ("LDGSTS", "LDG", "LDSM", "LDS", "LDTM", "UTMALDG"),
+    "STORE": ("STG", "STSM", "STS", "STTM"),
     "BARRIER": ("BAR", "WARPGROUP", "WARPSYNC", "DEPBAR", "LDGDEPBAR", "SYNCS", "UTCBAR"),
 }
 
@@ -221,7 +222,7 @@ def _mix(texts) -> Mix:
     for text in texts:
         name = kind(text)
         counts[name] += 1
-        if name in ("LOAD", "STORE"):
+        if name in ("LOAD", "STORE", "LOCAL"):
             opcode = _GUARD.sub("", text).split()[0]
             lsu += 4 if _WIDE.search(opcode) else 2 if _DOUBLE.search(opcode) else 1
             plain += opcode.startswith("LDG.")

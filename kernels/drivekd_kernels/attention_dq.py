@@ -3,9 +3,10 @@
 The gradient kernels make, per head and cell, R = 2^(scale2 q.k - lse2 - L) with L = log2 P (kl,
 cosine of a rectangle; README.md derives it) or L = 0, and R 2^L = P_h, and use
 
-    dS_h = R W - delta_h P_h,   delta_h = sum_j R W,   dq_h = c dS_h k,   dk = c sum_h dS_h^T q_h,
+    dS_h = R W - delta_h P_h,   dq_h = c dS_h k,   dk = c sum_h dS_h^T q_h,
+    delta_h = sum_j R W / sum_j P_h,
 
-with c = scale / H. These run over all visible keys; W and L are 0 outside the region.
+with c = scale / H; P_h sums to 1 only as well as lse2 is rounded. These run over all visible keys; W and L are 0 outside the region.
 
 Grid (packs of query heads, row tiles, samples), the last rows first: they see the most keys. The
 BLOCK_Q rows of a program are BLOCK_Q // PACK tokens times PACK query heads of one key head, heads
@@ -158,14 +159,14 @@ def delta_kernel(
     if log_ptr is not None:
         log_ptr += b * stride_map_b * ALIGN_MAP
 
-    delta = tl.zeros([BLOCK_Q], tl.float32)
+    moment, mass = tl.zeros([BLOCK_Q], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
     begin, full_begin, full_end, end = tile_span(first, last, live, tag, N, tags_ptr, BLOCK_K)
     for n in tl.range(full_begin, full_end, BLOCK_K, num_stages=STAGES):
         j = n + tl.arange(0, BLOCK_K)
         k = load_rows(k_ptr, stride_k, j, None, D, BLOCK_D)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 - lse2[:, None]
-        r, _, w = _ratio(x, row, n, None, w_ptr, log_ptr, before_ptr, b, N, BLOCK_K)
-        delta += tl.sum(r * w, 1)
+        r, p, w = _ratio(x, row, n, None, w_ptr, log_ptr, before_ptr, b, N, BLOCK_K)
+        moment, mass = moment + tl.sum(r * w, 1), mass + tl.sum(p, 1)
     for t in range(count_masked(begin, full_begin, full_end, end, BLOCK_K)):
         n = masked_tile(t, begin, full_begin, full_end, BLOCK_K)
         j = n + tl.arange(0, BLOCK_K)
@@ -176,8 +177,9 @@ def delta_kernel(
             first[:, None], last[:, None], tag[:, None], j[None, :], key_tag[None, :], tags_ptr
         )
         x = tl.where(seen, x, float("-inf"))
-        r, _, w = _ratio(x, row, n, seen, w_ptr, log_ptr, before_ptr, b, N, BLOCK_K)
-        delta += tl.sum(r * w, 1)
+        r, p, w = _ratio(x, row, n, seen, w_ptr, log_ptr, before_ptr, b, N, BLOCK_K)
+        moment, mass = moment + tl.sum(r * w, 1), mass + tl.sum(p, 1)
+    delta = moment / tl.maximum(mass, 1e-30)
     tl.store(delta_ptr + b * H * num_slots + (h * num_slots + slot), delta, mask=live)
 
 

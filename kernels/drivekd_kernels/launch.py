@@ -450,7 +450,8 @@ def rows_per_wave(query: Tensor, key: Tensor) -> int:
     meta, tile = _meta("dq", query, key, packs=True)
     packs = key.shape[1] * _ceil(meta["GROUP"], meta["PACK"])
     programs = RESIDENT * _multiprocessors(query) // (query.shape[0] * packs)
-    return max(programs, 1) * (tile.q // meta["PACK"])
+    tokens: int = tile.q // meta["PACK"]
+    return max(programs, 1) * tokens
 
 
 def map_shape(num_rows: int, num_tokens: int) -> tuple[int, int]:
@@ -463,7 +464,7 @@ def architecture(tensor: Tensor) -> int:
     if tensor.device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(tensor.device)
-    return 10 * major + minor
+    return int(10 * major + minor)
 
 
 def _multiprocessors(tensor: Tensor) -> int:
