@@ -1,0 +1,59 @@
+"""The triton backend on random calls against the float64 twin, with random tiles and chunks."""
+
+import os
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.helpers.random_attention import draw_call, excess
+
+pytest.importorskip("triton")
+launch = pytest.importorskip("drivekd_kernels.launch")
+plan = pytest.importorskip("drivekd.ops.triton_backend.plan")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+
+# The interpreter's own: masked cells may be inf - inf, and numpy would have it read scalars anew.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+]
+
+
+def assert_matches(seed, **limits):
+    call = draw_call(seed, **limits)
+    worst = excess(call, *call.run("triton", DEVICE))
+    assert max(worst.values()) <= 1, f"{worst}; {call}"
+
+
+@pytest.mark.parametrize("seed", range(500, 514))
+def test_random_calls_match_the_twin(seed):
+    assert_matches(seed)
+
+
+@pytest.mark.parametrize("seed", range(600, 624))
+def test_random_calls_in_random_tiles_match_the_twin(seed, monkeypatch):
+    """Tiles of keys larger and smaller than tiles of rows, chunks that end within a tile."""
+    if DEVICE == "cuda":
+        pytest.skip("a GPU compiles every tile anew; the interpreter does not")
+    pick = random.Random(seed)
+    original, known, single = launch.tiles, {}, {}
+
+    def tiles(*key):
+        if key not in known:
+            q, k = pick.choice((16, 32, 64)), pick.choice((16, 32, 64))
+            known[key] = replace(original(*key), q=q, k=k, pack=pick.choice((1, 1, 2, 4)))
+        return known[key]
+
+    monkeypatch.setattr(launch, "tiles", tiles)
+    monkeypatch.setattr(
+        launch, "one_pass", lambda *key: single.setdefault(key, pick.random() < 0.5)
+    )
+    monkeypatch.setattr(launch, "DK_PROGRAMS", pick.choice((1, 20, 528)))
+    monkeypatch.setattr(plan, "_MIN_ROWS", pick.choice((64, 128, 1024)))
+    monkeypatch.setattr(plan, "_CHUNK_BYTES", 1)
+    assert_matches(seed, max_tokens=48)
