@@ -46,3 +46,4 @@ GPU_PAIRS = {
 }
 
 RAGGED_GRADIENTS = {"tensors": 300, "elements": 30_000_000, "tasks": 4}
+RAGGED_GRADIENTS_GPU = {"tensors": 290, "elements": 494_000_000, "tasks": 4}  # InternVL3-1B's size

@@ -30,7 +30,8 @@ def assert_matches(seed, **limits):
     assert max(worst.values()) <= 1, f"{worst}; {call}"
 
 
-@pytest.mark.parametrize("seed", range(500, 514))
+# A GPU compiles the kernels of every pair of head counts, head dims and dtypes.
+@pytest.mark.parametrize("seed", range(500, 514 if DEVICE == "cpu" else 504))
 def test_random_calls_match_the_twin(seed):
     assert_matches(seed)
 
