@@ -41,10 +41,11 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
     micro-batch's mean whatever the accumulation.
 
     The logged `loss` is the cross-entropy alone; `drivekd.train.metrics.StepMetrics` names what is
-    logged beside it. Where weights are static and nothing is projected, one plain backward serves
-    all losses, and gradients are compared (norms, cosines) on logging steps only. Under torchrun
-    every process joins the gradients of its own micro-batches, as the public code does, and the
-    results are averaged.
+    logged beside it. A signal with a static weight of 0 costs nothing: its teacher is not loaded,
+    its layers are not captured and its loss is not computed. Where weights are static and nothing
+    is projected, one plain backward serves all losses, and gradients are compared (norms, cosines)
+    on logging steps only. Under torchrun every process joins the gradients of its own
+    micro-batches, as the public code does, and the results are averaged.
 
     Args:
         student: The model to train.
@@ -85,7 +86,7 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         self.plan: SignalPlan | None = None
         self.projector: GradientProjector | None = None
         self.reweighting: Reweighting | None = None
-        if config.signals:
+        if config.active:
             self._prepare_signals(teachers, question_types, teacher_dtype)
 
     def _prepare_signals(
@@ -107,7 +108,7 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
                 f"data_collator is a {type(collator).__name__}, wanted drivekd.data.Collator: "
                 "signals need its token layout and routes"
             )
-        wanted = {signal.teacher for signal in config.signals}
+        wanted = {signal.teacher for signal in config.active}
         ready = prepare_teachers(
             teachers, wanted, self.model, self.args.device, dtype=teacher_dtype
         )
