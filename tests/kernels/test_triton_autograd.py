@@ -202,3 +202,14 @@ def test_gradients_come_back_in_the_memory_order_of_their_inputs(order, region, 
     loss = attention_map_loss(q, k, q_t, k_t, tokens, region=region, backend="triton")
     for grad, leaf in zip(torch.autograd.grad(loss, (q, k)), (q, k), strict=True):
         assert grad.stride() == leaf.stride()
+
+
+def test_debug_recomputes_some_rows_of_a_log_sum_exp(monkeypatch):
+    monkeypatch.setenv("DRIVEKD_DEBUG", "1")
+    q, k, q_t, k_t, tokens = tensors(make_case(**SMALL))
+    seen = torch.ones(12, 12, dtype=torch.bool, device=DEVICE).tril()
+    scores = q.detach() @ k.detach().mT * q.shape[-1] ** -0.5
+    lse = scores.masked_fill(~seen, -torch.inf).logsumexp(dim=-1)
+    attention_map_loss(q, k, q_t, k_t, tokens, lse_student=lse, backend="triton")
+    with pytest.raises(ValueError, match=r"lse_student .* base 2"):
+        attention_map_loss(q, k, q_t, k_t, tokens, lse_student=lse * 1.4427, backend="triton")

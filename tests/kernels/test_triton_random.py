@@ -58,3 +58,17 @@ def test_random_calls_in_random_tiles_match_the_twin(seed, monkeypatch):
     monkeypatch.setattr(plan, "_MIN_ROWS", pick.choice((64, 128, 1024)))
     monkeypatch.setattr(plan, "_CHUNK_BYTES", 1)
     assert_matches(seed, max_tokens=48)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="delta is not divided by the sum of P_h: see the test's own words"
+)
+@pytest.mark.parametrize("seed", [9, 51, 67])
+def test_nearly_one_hot_rows_keep_their_gradient(seed):
+    """A float32 log-sum-exp of some hundred leaves rows of P_h that sum to 1 up to 1e-5.
+
+    dS_h = R W - delta_h P_h then misses what is left of it where nearly all of P_h is one cell:
+    rows of gradients were seen wrong by 7e-2 (mse), 3e-2 (cosine) and 6e-3 (kl). With delta_h
+    divided by the sum of P_h they are right to 2e-4, as the torch backend's.
+    """
+    assert_matches(seed, max_tokens=90, max_spread=30.0)
