@@ -12,6 +12,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 stage=${1:?which stage? see the head of this file}
 shift
+case $stage in
+  test | sanitize | loss | gram) ;;
+  *)
+    echo "no stage '$stage'; see the head of this file" >&2
+    exit 2
+    ;;
+esac
 out=${OUT:-benchmarks/results/gpu}
 mkdir -p "$out"
 PYTHON=${PYTHON:-python3}
@@ -66,9 +73,5 @@ case $stage in
     ;;
   gram)
     bench gram benchmarks/bench_gradient_gram.py benchmarks/bench_gradient_gram_gpu.py
-    ;;
-  *)
-    echo "no stage '$stage'; see the head of this file" >&2
-    exit 2
     ;;
 esac

@@ -20,11 +20,15 @@ FULL = {"both": ("fused", "fused-lse", "eager", "compiled", "chunked", "sdpa"),
         "forward": ("fused", "eager", "chunked", "sdpa")}  # fmt: skip
 
 
+# The torch backend stands in for the kernels, whose interpreter takes its time.
+QUICK = {**os.environ, "DRIVEKD_DRY": "1", "TRITON_INTERPRET": "0"}
+
+
 def stage(out, *arguments):
     return subprocess.run(
         ["bash", "benchmarks/on_gpu.sh", *arguments],
         cwd=ROOT,
-        env={**os.environ, "DRIVEKD_DRY": "1", "OUT": str(out), "PYTHON": sys.executable},
+        env={**QUICK, "OUT": str(out), "PYTHON": sys.executable},
         capture_output=True,
         text=True,
         timeout=280,
@@ -42,8 +46,7 @@ def dry(tmp_path_factory):
             sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
             f"--benchmark-json={out}/gram.json", "benchmarks/bench_gradient_gram_gpu.py",
         ],
-        cwd=ROOT, env={**os.environ, "DRIVEKD_DRY": "1"}, capture_output=True, text=True,
-        timeout=120,
+        cwd=ROOT, env=QUICK, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return out
@@ -70,6 +73,24 @@ def test_every_way_is_gone_through_and_every_round_kept(dry):
         for mode, ways in FULL.items():
             assert tuple(found[shape, mode]) == ways
     assert found["gradients-494m", None] == ["gram", "combination"]
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels on the CPU: TRITON_INTERPRET=1"
+)
+def test_the_fused_way_is_gone_through_with_the_kernels_themselves(tmp_path):
+    chosen = "qwen2.5-vl-3b-from-7b/t2v-1-both-fused or qwen2.5-vl-3b-from-7b/full-2048-forward"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen,
+            f"--benchmark-json={tmp_path}/loss.json",
+            "benchmarks/bench_attention_map_loss_gpu.py",
+        ],
+        cwd=ROOT, env={**QUICK, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+        timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {facts["dtype"] for facts in facts_of(tmp_path)} == {"float16"}
 
 
 def test_the_machine_is_told(dry):
