@@ -133,8 +133,8 @@ def attention_map_loss(
         scale_student: Factor of the student's scores; default 1/sqrt(D_s).
         scale_teacher: The teacher's, or one for each of its layers; default 1/sqrt(D_t).
         lse_student: (B, H_s, N) natural log-sum-exp of the scaled scores over all visible keys, as
-            a flash forward returns it; float32, float64 for float64 inputs. Saves a pass. Only rows
-            of the region are read; `DRIVEKD_DEBUG=1` recomputes some of them.
+            a flash forward returns it; float32, float64 for float64 inputs. Saves a pass. What
+            stands at padding does not matter; `DRIVEKD_DEBUG=1` recomputes some rows.
         lse_teacher: The teacher's, or one for each of its layers.
         backend: `"auto"` or the name of a backend (`drivekd.backend_info()`).
 
