@@ -55,7 +55,7 @@ case $stage in
   test)
     marked=(-m gpu)
     [ "$dry" = 1 ] && marked=(-k "test_triton_contracts")
-    DRIVEKD_REQUIRE_GPU=$((1 - dry)) tests "${marked[@]}" --benchmark-disable \
+    DRIVEKD_REQUIRE_GPU=$((1 - dry)) tests "${marked[@]}" --benchmark-disable --durations=15 \
       --ignore tests/kernels/test_offline.py "${@:-tests/kernels}" | tee "$out/test.txt"
     ;;
   sanitize)
