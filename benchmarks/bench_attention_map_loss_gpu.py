@@ -1,38 +1,73 @@
 """The fused loss of one layer pair on a GPU, beside what else there is; bfloat16, mse.
 
-Ways: `fused` (triton backend), `eager` maps with autograd, torch.`compiled` of that, `chunked` rows
-with checkpointing (the best without a kernel), and `sdpa`, the attention of the same layers:
-forward and backward of the student, forward of the teacher. On rectangles with views, where
-launches cost as much as the work, all run as CUDA graphs; `fused-lse` is given the log-sum-exp.
+Ways: `fused` (triton backend; `fused-lse` is given the log-sum-exp), `eager` maps with autograd,
+torch.`compiled` of that, `chunked` rows with checkpointing (the best without a kernel: only rows of
+the region, only keys up to the last row), and `sdpa`, flash attention of the same layers: forward
+and backward of the student, forward of the teacher. Every other way is timed in the same rounds as
+`fused`, so that their ratio does not depend on what the clock did in between. On rectangles with
+views, where launches cost as much as the work, all run as CUDA graphs.
+
+`forward`: the loss without gradients. `both`: with gradients in q and k of the student.
 """
+
+from __future__ import annotations
+
+import functools
+import os
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.gpu import captured, timed
-from benchmarks.shapes import GPU_PAIRS
+from benchmarks.gpu import DEVICE, DRY, PLAYBACK, measure, memory_bytes, note_out_of_memory
+from benchmarks.shapes import GPU_PAIRS, Pair
 from drivekd.functional import attention_map_loss
 from drivekd.reference import attention_map as reference
 from drivekd.tokens import TokenLayout
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.benchmark(timer=PLAYBACK),
+    pytest.mark.filterwarnings("default"),  # of what is compared with, for example inductor's
+    *([] if DRY else [pytest.mark.gpu]),
+]
 
-CHUNK = 512
-LARGEST_EAGER = 8192  # tokens; at more, one map with heads outgrows the memory
+BACKEND = "triton" if not DRY or os.environ.get("TRITON_INTERPRET") == "1" else "torch"
+DTYPE = torch.float16 if DRY and BACKEND == "triton" else torch.bfloat16  # see the interpreter
+CHUNK = 8 if DRY else 512
+WAYS = {
+    "both": ("fused", "fused-lse", "eager", "compiled", "chunked", "sdpa"),
+    "forward": ("fused", "eager", "chunked", "sdpa"),
+}
+# Of loss and gradients, relative: the fused way rounds W and dS to bfloat16, the others every map.
+BOUNDS = {"fused": (1e-3, 1e-2), "fused-lse": (1e-3, 1e-2)}
+BOUNDS_OF_BASELINES = (5e-2, 1e-1)
+
+CASES = [
+    pytest.param(shape, mode, way, id=f"{shape}-{mode}-{way}")
+    for shape in GPU_PAIRS
+    for mode, ways in WAYS.items()
+    for way in ways
+]
+
+
+def toy(pair: Pair) -> Pair:
+    """A pair for dry runs."""
+    heads, tokens = (4, 2, 16), 16 + pair.num_tokens // 4096
+    return Pair(1, tokens, heads, (2, 1, 32), 7 if pair.num_vision else 0)
 
 
 class Case:
     """Random queries, keys and values of one pair, as transformers lays them out."""
 
     def __init__(self, name: str) -> None:
-        self.pair = pair = GPU_PAIRS[name]
-        generator = torch.Generator("cuda").manual_seed(0)
+        self.pair = pair = toy(GPU_PAIRS[name]) if DRY else GPU_PAIRS[name]
+        generator = torch.Generator(DEVICE).manual_seed(0)
 
         def heads(count, dim):
             shape = (pair.num_samples, pair.num_tokens, count, dim)
-            values = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+            values = torch.randn(shape, generator=generator, device=DEVICE, dtype=DTYPE)
             return values.transpose(1, 2)
 
         (h_s, kv_s, d_s), (h_t, kv_t, d_t) = pair.student, pair.teacher
@@ -41,59 +76,118 @@ class Case:
         self.values = heads(kv_s, d_s).requires_grad_(), heads(kv_t, d_t)
         is_vision = torch.zeros(pair.num_samples, pair.num_tokens, dtype=torch.bool)
         is_vision[:, : pair.num_vision] = True
-        self.tokens = TokenLayout.from_masks(is_vision).to("cuda")
+        self.tokens = TokenLayout.from_masks(is_vision).to(DEVICE)
         self.region = "text_to_vision" if pair.num_vision else "full"
 
-    def fused(self, **settings):
+    def call(self, way, mode):
+        """What is timed: returns the loss, with gradients also dq and dk."""
+        if way == "sdpa":
+            return lambda: self._sdpa(backward=mode == "both")
+        if way == "fused":
+            loss = self._fused
+        elif way == "fused-lse":
+            lses = {
+                "lse_student": self._lse(*self.student),
+                "lse_teacher": self._lse(*self.teacher),
+            }
+            loss = functools.partial(self._fused, **lses)
+        elif way == "chunked":
+            loss = self._chunked
+        else:
+            rows_loss = _rows_loss if way == "eager" else _compiled()
+            loss = functools.partial(self._whole, rows_loss)
+
+        def both():
+            value = loss()
+            return value.detach(), *torch.autograd.grad(value, self.student)
+
+        return both if mode == "both" else torch.no_grad()(loss)
+
+    @functools.cached_property
+    def exact(self):
+        """Loss and gradients by row-chunked torch in float32, on the same bfloat16 values."""
+        student = [each.detach().float().requires_grad_() for each in self.student]
+        teacher = [each.float() for each in self.teacher]
         loss = attention_map_loss(
-            *self.student, *self.teacher, self.tokens, region=self.region, backend="triton",
-            **settings,
-        )  # fmt: skip
-        return loss, torch.autograd.grad(loss, self.student)
+            *student, *teacher, self.tokens, region=self.region, backend="torch"
+        )
+        return loss.detach(), *torch.autograd.grad(loss, student)
 
-    def forward_only(self):
-        with torch.no_grad():
-            return attention_map_loss(
-                *self.student, *self.teacher, self.tokens, region=self.region, backend="triton"
+    def errors(self, results):
+        """Relative errors of the loss, and of the gradients where there are any."""
+        wanted = self.exact
+        errors = {"loss_error": abs(results[0] - wanted[0]) / wanted[0]}
+        if len(results) > 1:
+            errors["gradient_error"] = max(
+                (got.float() - want).norm() / want.norm()
+                for got, want in zip(results[1:], wanted[1:], strict=True)
             )
+        return {name: float(error) for name, error in errors.items()}
 
-    def eager(self):
-        loss = _rows_loss(*self.student, *self.teacher, *self._cells(slice(None)))
-        return loss, torch.autograd.grad(loss, self.student)
+    def scores_bytes(self):
+        """The largest tensor that the eager way cannot do without."""
+        (h_s, *_), (h_t, *_) = self.pair.student, self.pair.teacher
+        return max(h_s, h_t) * self.pair.num_samples * self.pair.num_tokens**2 * DTYPE.itemsize
 
-    def compiled(self):
-        loss = _compiled_rows_loss(*self.student, *self.teacher, *self._cells(slice(None)))
-        return loss, torch.autograd.grad(loss, self.student)
+    def _fused(self, **lses):
+        return attention_map_loss(
+            *self.student, *self.teacher, self.tokens, region=self.region, backend=BACKEND, **lses
+        )
 
-    def chunked(self):
-        (q, k), (q_t, k_t) = self.student, self.teacher
+    def _whole(self, rows_loss):
+        return rows_loss(*self.student, *self.teacher, *self._all_cells)
+
+    def _chunked(self):
+        (q, k), (q_t, k_t), N = self.student, self.teacher, self.pair.num_tokens
         loss = 0.0
-        for row in range(0, self.pair.num_tokens, CHUNK):
-            rows = slice(row, row + CHUNK)
+        for row in range(self.pair.num_vision, N, CHUNK):
+            rows, keys = slice(row, min(row + CHUNK, N)), slice(0, min(row + CHUNK, N))
             loss = loss + checkpoint(
-                _rows_loss, q[:, :, rows], k, q_t[:, :, rows], k_t, *self._cells(rows),
-                use_reentrant=False,
+                _rows_loss, q[:, :, rows], k[:, :, keys], q_t[:, :, rows], k_t[:, :, keys],
+                *self._cells(rows, keys), use_reentrant=False, preserve_rng_state=False,
             )  # fmt: skip
-        return loss, torch.autograd.grad(loss, self.student)
+        return loss
 
-    def sdpa(self):
+    def _sdpa(self, *, backward):
         (q, k), (q_t, k_t) = self.student, self.teacher
         v, v_t = self.values
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        with torch.no_grad():
-            scaled_dot_product_attention(q_t, k_t, v_t, is_causal=True, enable_gqa=True)
-        return torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        flash = SDPBackend.MATH if DRY else SDPBackend.FLASH_ATTENTION
+        with sdpa_kernel(flash):
+            with torch.set_grad_enabled(backward):
+                out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            with torch.no_grad():
+                scaled_dot_product_attention(q_t, k_t, v_t, is_causal=True, enable_gqa=True)
+            if not backward:
+                return out
+            return torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
-    def _cells(self, rows):
+    @torch.no_grad()
+    def _lse(self, q, k):
+        """Natural log-sum-exp (B, H, N) float32, in chunks of rows."""
+        N, parts = self.pair.num_tokens, []
+        k = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        for row in range(0, N, CHUNK):
+            rows = slice(row, row + CHUNK)
+            scores = q[:, :, rows].float() @ k.mT * q.shape[-1] ** -0.5
+            seen, *_ = self._cells(rows, slice(0, N))
+            parts.append(scores.masked_fill_(~seen[:, None], -torch.inf).logsumexp(dim=-1))
+        return torch.cat(parts, dim=-1)
+
+    @functools.cached_property
+    def _all_cells(self):
+        whole = slice(0, self.pair.num_tokens)
+        return self._cells(whole, whole)
+
+    def _cells(self, rows, keys):
         """Visible cells, region cells and the denominator of some rows."""
         N = self.pair.num_tokens
-        position = torch.arange(N, device="cuda")
-        seen = (position[None, :] <= position[rows, None])[None]
+        position = torch.arange(N, device=DEVICE)
+        seen = (position[None, keys] <= position[rows, None])[None]
         region = torch.ones_like(seen)
-        count = self.pair.num_samples * N * N
+        count = torch.full((1,), self.pair.num_samples * N * N, device=DEVICE)
         if self.pair.num_vision:
             text, vision = self.tokens.is_text, self.tokens.is_vision
-            region = text[:, rows, None] & vision[:, None, :]
+            region = text[:, rows, None] & vision[:, None, keys]
             count = text.sum(1) * vision.sum(1) * self.pair.num_samples
         return seen, region, count
 
@@ -105,57 +199,43 @@ def _rows_loss(q, k, q_t, k_t, seen, region, count):
     return ((p - target).square() * region).sum(dim=(1, 2)).div(count).sum()
 
 
-_compiled_rows_loss = torch.compile(_rows_loss, dynamic=False)
+def _compiled():
+    """Compiled afresh: after eight shapes torch.compile would silently go on without compiling."""
+    torch.compiler.reset()
+    return torch.compile(_rows_loss, dynamic=False, backend="aot_eager" if DRY else "inductor")
 
 
-def assert_right(case: Case) -> None:
-    """Fused against row-chunked torch in float32, on the same bfloat16 values."""
-    loss, gradients = case.fused()
-    student = [each.detach().float().requires_grad_() for each in case.student]
-    teacher = [each.float() for each in case.teacher]
-    wanted = attention_map_loss(
-        *student, *teacher, case.tokens, region=case.region, backend="torch"
-    )
-    assert abs(loss - wanted) <= 1e-3 * wanted
-    for got, want in zip(gradients, torch.autograd.grad(wanted, student), strict=True):
-        assert (got.float() - want).norm() <= 1e-2 * want.norm()
+@functools.lru_cache(maxsize=1)
+def case_of(shape: str) -> Case:
+    """The inputs of the shape at hand; cases come in order of their shapes."""
+    return Case(shape)
 
 
-def measure(benchmark, case, call):
-    call = captured(call) if case.pair.num_vision else call
+@pytest.mark.parametrize(("shape", "mode", "way"), CASES)
+def bench_attention_map_loss(benchmark, shape, mode, way):
+    case = case_of(shape)
+    benchmark.group = f"{shape} {mode}"
+    facts = {
+        "shape": shape, "mode": mode, "way": way, "loss": "mse", "region": case.region,
+        "dtype": str(DTYPE).removeprefix("torch."), "num_tokens": case.pair.num_tokens,
+    }  # fmt: skip
+    if way in ("eager", "compiled") and case.scores_bytes() > memory_bytes():
+        size, room = (f"{each / 2**30:.0f} GiB" for each in (case.scores_bytes(), memory_bytes()))
+        note_out_of_memory(benchmark, f"the scores of one layer take {size} of {room}", **facts)
+        return
+    fused = case.call("fused", mode)
+    call = fused if way == "fused" else case.call(way, mode)
     try:
-        timed(benchmark, call)
-    except torch.cuda.OutOfMemoryError as error:
-        pytest.skip(f"out of memory: {error}")
-
-
-@pytest.mark.parametrize("way", ["fused", "eager", "compiled", "chunked", "sdpa"])
-@pytest.mark.parametrize("shape", GPU_PAIRS)
-def bench_forward_and_backward(benchmark, shape, way):
-    case = Case(shape)
-    if way in ("eager", "compiled") and case.pair.num_tokens > LARGEST_EAGER:
-        pytest.skip(f"one map with heads of {case.pair.num_tokens} tokens does not fit")
-    if way == "fused":
-        assert_right(case)
-    benchmark.group = f"{shape} forward and backward"
-    measure(benchmark, case, getattr(case, way))
-
-
-@pytest.mark.parametrize("shape", GPU_PAIRS)
-def bench_forward_only(benchmark, shape):
-    case = Case(shape)
-    benchmark.group = f"{shape} forward"
-    measure(benchmark, case, case.forward_only)
-
-
-@pytest.mark.parametrize("shape", [name for name, pair in GPU_PAIRS.items() if pair.num_vision])
-def bench_with_lse_given(benchmark, shape):
-    case = Case(shape)
-    lses = []
-    for q, k in (case.student, case.teacher):
-        scores = q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], 1).mT
-        scores = scores * q.shape[-1] ** -0.5
-        hidden = ~torch.ones(scores.shape[-2:], dtype=torch.bool, device="cuda").tril()
-        lses.append(scores.masked_fill(hidden, -torch.inf).logsumexp(-1).detach())
-    benchmark.group = f"{shape} forward and backward"
-    measure(benchmark, case, lambda: case.fused(lse_student=lses[0], lse_teacher=lses[1]))
+        if way != "sdpa":
+            results = call()
+            errors = case.errors(results if isinstance(results, tuple) else (results,))
+            bounds = BOUNDS.get(way, BOUNDS_OF_BASELINES)
+            for (name, error), bound in zip(errors.items(), bounds, strict=False):
+                assert error <= bound, f"{way}: {name} {error}"
+            facts |= errors
+            del results
+    except torch.OutOfMemoryError as error:
+        note_out_of_memory(benchmark, str(error).split(". ")[0], **facts)
+        return
+    beside = None if way == "fused" else fused
+    measure(benchmark, call, beside=beside, graph=case.pair.num_vision > 0, **facts)

@@ -30,6 +30,7 @@ BACKENDS = ("triton", "native", "torch")
 # memory bandwidth.
 LONG, WHOLE = (MODEL_GRADIENTS,) * 2 if ON_GPU else (RAGGED_GRADIENTS, SMALL_GRADIENTS)
 
+pytestmark = [pytest.mark.benchmark(timer=gpu.PLAYBACK)] if ON_GPU else []
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"]
 )
@@ -70,10 +71,10 @@ def weights_tensor():
 
 def measure(benchmark, call, moved, *, queued=True):
     """Time a call; `moved` bytes are read and written at least."""
-    benchmark.extra_info["moved_bytes"] = moved
     if ON_GPU:
-        gpu.timed(benchmark, call, queued=queued)
+        gpu.measure(benchmark, call, queued=queued, moved_bytes=moved)
     else:
+        benchmark.extra_info["moved_bytes"] = moved
         benchmark(call)
 
 

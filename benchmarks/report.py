@@ -12,12 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import measured
 from drivekd.demo.settings import FULL_ARMS
 from drivekd.study.report import load_study
 from drivekd.study.tables import accuracy_table, compute_table, difference_table, to_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = Path("benchmarks/results/demo")
+RESULTS = Path("benchmarks/results")
+DEMO = RESULTS / "demo"
 
 
 def demo_section() -> str:
@@ -42,7 +44,12 @@ def demo_section() -> str:
     return re.sub(r"^## ", "### ", page, flags=re.MULTILINE)
 
 
-SECTIONS = {"demo": demo_section}
+def gpu_section() -> str:
+    """What was measured on GPUs, or that nothing was yet."""
+    return measured.section(ROOT / RESULTS, where=str(RESULTS))
+
+
+SECTIONS = {"demo": demo_section, "gpu": gpu_section}
 
 
 def fill(page: str) -> str:
@@ -65,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)
+    if not options.check:
+        for each in measured.machines(ROOT / RESULTS):
+            measured.plot(each, ROOT / RESULTS / each.name / "speed.png")
     readme = ROOT / "README.md"
     old = readme.read_text(encoding="utf-8")
     new = fill(old)

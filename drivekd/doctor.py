@@ -29,7 +29,7 @@ OPTIONAL = {
 VARIABLES = {
     "DRIVEKD_BACKEND": "default for backend='auto': torch, triton or native",
     "DRIVEKD_BUILD": "at installation: 0 builds no extension, 1 makes a failed build an error",
-    "DRIVEKD_DEBUG": "1 checks values (finite? normalised?) at the price of a sync",
+    "DRIVEKD_DEBUG": "1 checks values (finite? right log-sum-exp?) at the price of a sync",
 }
 _ISA_NAMES = {0: "generic", 1: "AVX2", 2: "AVX-512"}
 

@@ -46,6 +46,10 @@ class CaptureRecords(Protocol):
 class AttentionMapLoss(nn.Module):
     """Attention-map loss of one capability, between layers of two captures.
 
+    It holds no weight: multiply the loss, or give `weights` to `GradientProjector.backward`. Where
+    a weight is the number 0, leave out the call, and with it the capture and the teacher that
+    nothing else needs; the trainer does so.
+
     Args:
         student_layers: Student layers, negative ones count from the end.
         teacher_layers: Teacher layers.

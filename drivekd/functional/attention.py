@@ -9,6 +9,7 @@ from torch import Tensor
 from drivekd import validation as check
 from drivekd.autograd.attention_map import AttentionMapLossFunction, AttentionMapLossSpec
 from drivekd.functional.layers import LayerNames, ModelLayers, autocast
+from drivekd.functional.lse import SeenBy, check_log_sum_exps
 from drivekd.ops import attention_map as _ops
 from drivekd.ops.dispatch import BackendName, resolve
 from drivekd.tokens import TokenLayout
@@ -132,7 +133,8 @@ def attention_map_loss(
         scale_student: Factor of the student's scores; default 1/sqrt(D_s).
         scale_teacher: The teacher's, or one for each of its layers; default 1/sqrt(D_t).
         lse_student: (B, H_s, N) natural log-sum-exp of the scaled scores over all visible keys, as
-            a flash forward returns it; float32, float64 for float64 inputs. Saves a pass.
+            a flash forward returns it; float32, float64 for float64 inputs. Saves a pass. What
+            stands at padding does not matter; `DRIVEKD_DEBUG=1` recomputes some rows.
         lse_teacher: The teacher's, or one for each of its layers.
         backend: `"auto"` or the name of a backend (`drivekd.backend_info()`).
 
@@ -142,7 +144,9 @@ def attention_map_loss(
     Raises:
         TypeError: An argument is of the wrong kind or dtype.
         ValueError: Shapes, devices or values do not fit, a tensor other than the student's
-            requires grad, or `"text_to_vision"` comes without tokens.
+            requires grad, or `"text_to_vision"` comes without tokens. Under `DRIVEKD_DEBUG=1` also
+            if queries, keys or weights are not finite, or a log-sum-exp is not what it should be:
+            in base 2, without the scale, over the region only, ...
         NotImplementedError: D is larger than 256; in backward, if `create_graph=True`.
         BackendUnavailableError: The backend asked for by name cannot run.
 
@@ -240,7 +244,8 @@ def layerwise_attention_map_loss(
         scale_student: One for all, or one for each student layer.
         scale_teacher: One for all, or one for each teacher layer.
         lse_student: One (B, H_s, N) or None for each student layer; default none.
-        lse_teacher: One (B, H_t, N) or None for each teacher layer; default none.
+        lse_teacher: One (B, H_t, N) or None for each teacher layer; default none. It belongs to
+            one window, so all layers that the teacher layer serves must have the same.
         backend: `"auto"` or the name of a backend (`drivekd.backend_info()`).
 
     Returns:
@@ -334,6 +339,7 @@ def _losses(
             "region is 'text_to_vision' but tokens is None; pass a TokenLayout, which says which "
             "tokens are text and which are vision"
         )
+    check_log_sum_exps(student, teacher, groups, windows, SeenBy(layout, causal, None, region))
     rectangle = layout if region == "text_to_vision" else None
     dtype = _ops.work_dtype([*student.queries, *teacher.queries])
     offsets = [0]

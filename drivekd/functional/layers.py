@@ -17,6 +17,7 @@ class ModelLayers:
     keys: list[Tensor]
     scales: list[float]
     lses: list[Tensor | None]
+    lse_names: list[str]  # what they are called in messages
     name: str  # what the first query is called in messages
 
 
@@ -38,7 +39,7 @@ class LayerNames:
         lses: Sequence[object],
     ) -> ModelLayers:
         """Check every layer by itself and against the first."""
-        result = ModelLayers([], [], [], [], self.query.format(i=0))
+        result = ModelLayers([], [], [], [], [], self.query.format(i=0))
         for i, (query, key) in enumerate(zip(queries, keys, strict=True)):
             query_name = self.query.format(i=i)
             q, k = check.check_query_key(query, key, query_name, self.key.format(i=i))
@@ -47,7 +48,8 @@ class LayerNames:
                     check.check_no_grad(name, tensor, "run the teacher under torch.no_grad()")
             if i > 0:
                 check.check_same_tokens(q, result.queries[0], query_name, result.name)
-            result.lses.append(check.check_lse(self.lse.format(i=i), lses[i], q))
+            result.lse_names.append(self.lse.format(i=i))
+            result.lses.append(check.check_lse(result.lse_names[i], lses[i], q))
             scale_name = self.scale.format(i=i)
             result.scales.append(check.check_scale(scale_name, scales[i], q.shape[-1]))
             result.queries.append(autocast(q))

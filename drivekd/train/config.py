@@ -75,6 +75,7 @@ class SignalConfig:
         share: Under weighting "balance" the share of the cross-entropy's gradient norm at which
             this signal's is held; 0.02 to 0.25 were useful.
         weight: Under weighting "static" the loss's factor, under "online" its start and proportion.
+            A static weight of 0 switches the signal off: nothing is run or computed for it.
 
     Raises:
         TypeError: A value has the wrong kind.
@@ -220,6 +221,12 @@ class DistillConfig:
     def names(self) -> tuple[str, ...]:
         """The signals' names, in order."""
         return tuple(signal.name for signal in self.signals)
+
+    @property
+    def active(self) -> tuple[SignalConfig, ...]:
+        """The signals that can change anything: all but those with a static weight of 0."""
+        static = self.weighting == "static"
+        return tuple(signal for signal in self.signals if not (static and signal.weight == 0))
 
     def resolve_mixing(self, question_types: Collection[str]) -> dict[str, dict[str, float]]:
         """Say which signal works on which question types of a data set, and how strongly.

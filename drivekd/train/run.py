@@ -53,7 +53,7 @@ def distill(recipe: Recipe) -> Path:
     records = splits[recipe.data.train]
     encoder, processing = build_encoder(recipe.encoder, recipe.student, root)
     tokenizer = getattr(processing, "tokenizer", processing)
-    used = {signal.teacher for signal in recipe.distill.signals}
+    used = {signal.teacher for signal in recipe.distill.active}
     teachers = {name: path for name, path in recipe.teachers.items() if name in used}
     for name, path in teachers.items():
         check_tokenizer(name, path, tokenizer)

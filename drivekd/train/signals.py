@@ -59,7 +59,7 @@ class _TeacherRoute:
 
 
 class SignalPlan:
-    """All signals of a distillation, bound to a student, its teachers and the data's types.
+    """All active signals of a distillation, bound to a student, its teachers and the data's types.
 
     Signals that share a teacher and the question types that they work on share one route: one
     forward of the teacher, on those samples only, which stops after the last layer that any of
@@ -91,7 +91,7 @@ class SignalPlan:
         layers: dict[str, set[int]] = {}
         logits: set[str] = set()
         routed: dict[str, nn.Module] = {}
-        for signal in config.signals:
+        for signal in config.active:
             types = frozenset(mixing[signal.name])
             teacher = teachers[signal.teacher]
             route = f"{first_name[id(teacher)]}({', '.join(sorted(types))})"

@@ -40,12 +40,13 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
     micro-batch's mean whatever the accumulation.
 
     The logged `loss` is the cross-entropy alone; `drivekd.train.metrics.StepMetrics` names what is
-    logged beside it. Where weights are static and nothing is projected, one plain backward serves
-    all losses, and gradients are compared (norms, cosines) on logging steps only. Under torchrun
-    the losses' gradients are averaged over processes and then joined, as `GradientProjector` does:
-    weights, norms and updates are those of all processes together. With
-    `gradient_accumulation_steps` above 1, `projection.every="step"` communicates once per step
-    instead of once per micro-batch.
+    logged beside it. A signal with a static weight of 0 costs nothing: its teacher is not loaded,
+    its layers are not captured and its loss is not computed. Where weights are static and nothing
+    is projected, one plain backward serves all losses, and gradients are compared (norms, cosines)
+    on logging steps only. Under torchrun the losses' gradients are averaged over processes and then
+    joined, as `GradientProjector` does: weights, norms and updates are those of all processes
+    together. With `gradient_accumulation_steps` above 1, `projection.every="step"` communicates
+    once per step instead of once per micro-batch.
 
     Args:
         student: The model to train.
@@ -86,7 +87,7 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         self.plan: SignalPlan | None = None
         self.projector: GradientProjector | None = None
         self.reweighting: Reweighting | None = None
-        if config.signals:
+        if config.active:
             self._prepare_signals(teachers, question_types, teacher_dtype)
 
     def _prepare_signals(
@@ -108,7 +109,7 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
                 f"data_collator is a {type(collator).__name__}, wanted drivekd.data.Collator: "
                 "signals need its token layout and routes"
             )
-        wanted = {signal.teacher for signal in config.signals}
+        wanted = {signal.teacher for signal in config.active}
         ready = prepare_teachers(
             teachers, wanted, self.model, self.args.device, dtype=teacher_dtype
         )

@@ -6,7 +6,8 @@ cosine of a rectangle; README.md derives it) or L = 0, and R 2^L = P_h, and use
     dS_h = R W - delta_h P_h,   dq_h = c dS_h k,   dk = c sum_h dS_h^T q_h,
     delta_h = sum_j R W / sum_j P_h,
 
-with c = scale / H; P_h sums to 1 only as well as lse2 is rounded. These run over all visible keys; W and L are 0 outside the region.
+with c = scale / H; P_h sums to 1 only as well as lse2 is rounded. These run over all visible keys;
+W and L are 0 outside the region.
 
 Grid (packs of query heads, row tiles, samples), the last rows first: they see the most keys. The
 BLOCK_Q rows of a program are BLOCK_Q // PACK tokens times PACK query heads of one key head, heads

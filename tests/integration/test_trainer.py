@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 import logging
 
@@ -15,6 +16,7 @@ from drivekd.losses import AttentionMapLoss
 from drivekd.projection import GradientProjector
 from drivekd.reweighting import BalancedWeights
 from drivekd.train import DistillConfig, DistillTrainer, JsonlLogger, ProjectionConfig, SignalConfig
+from drivekd.train import trainer as trainer_module
 from tests.helpers import toy_data, toy_models
 
 # Not about driving on purpose: capabilities are whatever the data say.
@@ -320,6 +322,65 @@ def test_teachers_see_their_samples_only_and_stop_early(make, models):
         "c": [1, 1],
     }
     assert (counts["a"].layers, counts["b"].layers, counts["c"].layers) == (2, 8, 6)
+
+
+def off(signal):
+    return dataclasses.replace(signal, weight=0.0)
+
+
+def test_a_signal_with_the_static_weight_0_costs_nothing(make, models, monkeypatch):
+    """No teacher forward, no capture of its layers, no loss, and the update is as without it."""
+    asked, capture = [], trainer_module.capture_attention
+
+    def capturing(model, layers, **settings):
+        asked.append(tuple(layers))
+        return capture(model, layers, **settings)
+
+    monkeypatch.setattr(trainer_module, "capture_attention", capturing)
+    counts = {name: Forwards(models[name]) for name in "abc"}
+    start = copy.deepcopy(models["student"])
+    some = make(
+        DistillConfig(signals=(SIGNALS[0], off(SIGNALS[1]), off(SIGNALS[2])), weighting="static")
+    )
+    some.train()
+    assert {name: count.samples for name, count in counts.items()} == {
+        "a": [2, 1],
+        "b": [],
+        "c": [],
+    }
+    assert asked == [(0,), (0,)]
+    assert {signal.config.name for signal in some.plan.signals} == {"sort"}
+    got = weights_of(models["student"])
+    alone = make(DistillConfig(signals=SIGNALS[:1], weighting="static"), student=start)
+    alone.train()
+    assert_same(got, weights_of(start))
+
+
+def test_with_all_signals_off_it_is_plain_training(make, models):
+    counts = {name: Forwards(models[name]) for name in "abc"}
+    trainer = make(DistillConfig(signals=[off(each) for each in SIGNALS], weighting="static"))
+    trainer.train()
+    assert trainer.plan is None
+    assert not any(count.samples for count in counts.values())
+
+
+def test_a_teacher_of_two_signals_stops_after_the_layer_of_the_one_that_is_on(make, models):
+    count = Forwards(models["a"])
+    early, late = (
+        SignalConfig(
+            name=name, teacher="a", student_layers=layer, teacher_layers=layer, region="full",
+        )
+        for name, layer in (("early", 0), ("late", 2))
+    )  # fmt: skip
+    make(DistillConfig(signals=(early, off(late)), weighting="static")).train()
+    assert count.layers == 2  # the first layer in each of two steps
+
+
+def test_the_weight_0_is_no_switch_under_other_weightings():
+    signal = off(SIGNALS[0])
+    assert DistillConfig(signals=[signal], weighting="balance").active == (signal,)
+    assert DistillConfig(signals=[signal], weighting="online").active == (signal,)
+    assert DistillConfig(signals=[signal], weighting="static").active == ()
 
 
 def test_signals_with_one_teacher_and_the_same_samples_share_a_forward(make, models):

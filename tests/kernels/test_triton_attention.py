@@ -231,12 +231,9 @@ def test_the_whole_map(padding, segments, window):
 
 
 def test_probabilities_that_underflow_reach_the_kl_gradient():
-    """Exponents of several hundred carry 2e-5 of rounding, more where a row's terms cancel.
-
-    Seen: 7e-6 over all, 6e-3 in the worst row, where the PyTorch backend has 2e-5.
-    """
+    """Exponents of several hundred carry 2e-5 of rounding, more where a row's terms cancel."""
     case = make_case(num_samples=1, num_tokens=40, dtype=torch.float32, spread=9.0, loss="kl")
-    assert_triton_matches(case, bounds=(5e-6, 1e-4, 1e-2))
+    assert_triton_matches(case, bounds=(5e-6, 1e-4, 5e-4))
 
 
 def test_repeated_calls_are_bitwise_equal():

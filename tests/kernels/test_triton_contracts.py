@@ -1,8 +1,11 @@
 """What the triton backend promises beside numbers: memory, no host reads, no recompilation."""
 
+import os
+
 import pytest
 import torch
 
+from drivekd.functional import layerwise_attention_map_loss
 from drivekd.tokens import TokenLayout
 from tests.helpers.host_reads import NoHostRead
 from tests.helpers.memory import LiveBytes
@@ -131,6 +134,94 @@ def test_gradients_that_nobody_wants_are_not_computed(idle):
     _, dq, dk = backend.attention_map_loss(inputs)
     assert dq == [None] and dk == [None]
     assert {each[0].__name__ for each in idle} == {"lse_kernel", "map_kernel", "mse_kernel"}
+
+
+def launched(idle, call):
+    """Names of the kernels that a call launches, in order."""
+    idle.clear()
+    call()
+    return [each[0].__name__ for each in idle]
+
+
+def public(needed="qk", *, loss="mse", num_layers=2, **settings):
+    """A call of the public function with two layers, the second of which needs no gradient."""
+    B, N = 2, 40
+
+    def heads(count, dim, grad):
+        made = torch.randn(B, N, count, dim, dtype=torch.float16).transpose(1, 2)
+        return made.requires_grad_(grad)
+
+    student = [
+        (heads(4, 16, "q" in needed and i == 0), heads(2, 16, "k" in needed and i == 0))
+        for i in range(num_layers)
+    ]
+    teacher = [(heads(2, 32, False), heads(2, 32, False))]
+    is_vision = torch.zeros(B, N, dtype=torch.bool)
+    is_vision[:, :9] = True
+    return layerwise_attention_map_loss(
+        student, teacher, [[0]] * num_layers, TokenLayout.from_masks(is_vision), loss=loss,
+        backend="triton", **settings,
+    )  # fmt: skip
+
+
+GRADIENT_KERNELS = {"delta_kernel", "dq_kernel", "dk_kernel"}
+needs_launches = pytest.mark.skipif(
+    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="backend='triton' takes CPU tensors only with TRITON_INTERPRET=1",
+)
+
+
+@needs_launches
+@pytest.mark.parametrize("loss", LOSSES)
+def test_only_what_needs_a_gradient_gets_one(idle, loss):
+    both = launched(idle, lambda: public("qk", loss=loss))
+    assert both.count("dq_kernel") == both.count("dk_kernel") == 1  # the other layer has none
+    for needed, missing in (("q", "dk_kernel"), ("k", "dq_kernel")):
+        names = launched(idle, lambda needed=needed: public(needed, loss=loss))
+        assert missing not in names, needed
+        assert set(both) - set(names) <= {missing}
+    names = launched(idle, lambda: public("", loss=loss))
+    assert not GRADIENT_KERNELS & set(names)
+    with torch.no_grad():
+        assert launched(idle, lambda: public("qk", loss=loss)) == names
+
+
+@needs_launches
+def test_each_student_layer_costs_a_gradient_pass_and_no_more(idle):
+    """Of two layers only the first needs gradients: the second one's W is not written either."""
+    names = launched(idle, public)
+    passed = [dict(zip(each[0].arg_names, each[1], strict=False)) for each in idle]
+    with_w = [
+        arguments["w_ptr"] is not None
+        for name, arguments in zip(names, passed, strict=True)
+        if name == "mse_kernel"
+    ]
+    assert names.count("mse_kernel") == 2
+    assert with_w == [True, False]
+
+
+@needs_launches
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("region", ["full", "text_to_vision"])
+def test_reduction_weights_and_denominators_launch_nothing_extra(idle, loss, region):
+    plain = launched(idle, lambda: public(loss=loss, region=region))
+    for settings in (
+        {"reduction": "none"},
+        {"sample_weight": torch.tensor([0.5, 2.0])},
+        {"denominator": "live"},
+    ):
+        assert launched(idle, lambda s=settings: public(loss=loss, region=region, **s)) == plain
+
+
+@needs_launches
+def test_a_given_log_sum_exp_is_not_computed_again(idle):
+    B, H_s, H_t, N = 2, 4, 2, 40
+    student = [torch.zeros(B, H_s, N), None]
+    teacher = [torch.zeros(B, H_t, N)]
+    assert launched(idle, public).count("lse_kernel") == 3
+    assert launched(idle, lambda: public(lse_student=student)).count("lse_kernel") == 2
+    both = launched(idle, lambda: public(lse_student=student, lse_teacher=teacher))
+    assert both.count("lse_kernel") == 1
 
 
 def test_a_new_length_or_batch_compiles_nothing_new(run_python):

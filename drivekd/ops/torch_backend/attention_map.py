@@ -223,7 +223,9 @@ class _HeadMean:
         """Scaled queries and keys of one block, ready for a batched product."""
         query = chunk.gather(layer.query[:, heads]).to(self._work.dtype) * layer.scale
         key = layer.key[chunk.samples, key_heads, chunk.keys].to(self._work.dtype)
-        if seen.dead is not None and self._plan.valid is not None and not self._is_clean(layer):
+        # With a given log-sum-exp, which rows of padding lack, their scores must not overflow exp.
+        zeroed = layer.lse is not None or not self._is_clean(layer)
+        if seen.dead is not None and self._plan.valid is not None and zeroed:
             query.masked_fill_(seen.dead[:, None, :, None], 0)
             padding = ~self._plan.valid[chunk.samples, chunk.keys]
             key = key.masked_fill(padding[:, None, :, None], 0)
@@ -346,6 +348,11 @@ def _student_gradient(
         if in_logs and num_heads == 1:
             # The derivative along a rescaling of the row, which cosine and kl ignore.
             delta.zero_()
+        elif layer.lse is not None:
+            # A row of P_h sums to 1 only as well as the given log-sum-exp is rounded; where nearly
+            # all of it is one cell, that would be all that is left of dS_h.
+            mass = block.stack if log_mass is None else block.stack * log_mass
+            delta.div_(mass.sum(dim=-1, keepdim=True))
         if log_mass is None:
             ds.addcmul_(block.stack, delta, value=-1)
         else:
