@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -102,7 +103,8 @@ class AttentionMapLoss(nn.Module):
 
         Args:
             student_capture: Captured forward of the student; gradients flow to its model.
-            teacher_capture: Captured forward of the teacher, made under `torch.no_grad()`.
+            teacher_capture: Captured forward of the teacher, made under `torch.no_grad()`; copied
+                to the student's device where it is on another.
             tokens: What each token is; None only for the full region without padding.
             sample_weight: (B,) floating, one weight a sample.
             reduction: `"mean"` over student layers, or `"none"`.
@@ -116,7 +118,8 @@ class AttentionMapLoss(nn.Module):
             drivekd.errors.CaptureError: A layer was not captured.
         """
         students = [student_capture[layer] for layer in self.student_layers]
-        teachers = [teacher_capture[layer] for layer in self.teacher_layers]
+        device = students[0].query.device
+        teachers = [_on(device, teacher_capture[layer]) for layer in self.teacher_layers]
         _check_same_tokens(student_capture, teacher_capture, students[0], teachers[0], tokens)
         return layerwise_attention_map_loss(
             [(each.query, each.key) for each in students],
@@ -159,6 +162,28 @@ class AttentionMapLoss(nn.Module):
                     )
             windows.append(window)
         return windows
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A record on another device."""
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    lse: Tensor | None
+    window: int | None
+
+
+def _on(device: torch.device, record: LayerRecord) -> LayerRecord:
+    if record.query.device == device:
+        return record
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=device.type != "cpu")  # the host would not wait
+
+    lse = None if record.lse is None else copied(record.lse)
+    return _Copy(copied(record.query), copied(record.key), record.scale, lse, record.window)
 
 
 def _effective_window(record: LayerRecord) -> int | None:

@@ -17,8 +17,9 @@ from drivekd.capture.forward import ForwardWatch, LayerTap, open_watches
 from drivekd.capture.model import (
     attention_module,
     check_can_stop,
+    check_loaded,
     check_supported,
-    decoder_layers,
+    decoder_depth,
     find_decoder,
     path_to,
     resolve_layers,
@@ -35,8 +36,9 @@ class AttentionCapture(CapturedAttention):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self._registry = _attention_registry()
         self._decoder = find_decoder(model)
-        num_layers = len(decoder_layers(self._decoder))
+        num_layers = decoder_depth(self._decoder)
         super().__init__(num_layers, resolve_layers(layers, num_layers), {}, None)
+        check_loaded(self._decoder, self.layers)
         self._path = path_to(model, self._decoder)
         check_supported(self._path)
         if stop_after_last:
@@ -147,8 +149,8 @@ def capture_attention(
         model: a transformers model, also inside PEFT, DistributedDataParallel, FSDP or
             torch.compile, or any module that holds exactly one text decoder. Hand in what is
             called.
-        layers: decoder layer indices; negative ones count from the last. `captured[-2]` and
-            `captured[n - 2]` are one record.
+        layers: decoder layer indices; negative ones count from the last, also in a truncated
+            teacher from the whole model's. `captured[-2]` and `captured[n - 2]` are one record.
         stop_after_last: end the forward after the last wanted layer; for teachers.
 
     Returns:
@@ -157,7 +159,8 @@ def capture_attention(
 
     Raises:
         TypeError: `model` is no module, `layers` no sequence of ints.
-        ValueError: `layers` is empty or names a layer that the decoder does not have.
+        ValueError: `layers` is empty, or names a layer that the decoder does not have or that a
+            truncated one (`drivekd.train.load_teacher`) does not hold.
         CaptureError: no decoder, several, or an attention that cannot be wrapped; transformers is
             missing; on leaving, a layer without a record. During a forward: reentrant gradient
             checkpointing, packed `position_ids` that transformers would ignore, a decoder that runs

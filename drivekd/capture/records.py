@@ -38,7 +38,7 @@ class CapturedAttention:
     """Captured layers, by index.
 
     Attributes:
-        num_layers: depth of the model's decoder.
+        num_layers: depth of the (whole) model's decoder.
         layers: the captured layers, ascending and non-negative.
     """
 

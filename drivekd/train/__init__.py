@@ -6,6 +6,7 @@ from drivekd.train.logits import logit_distillation_loss
 from drivekd.train.models import load_model
 from drivekd.train.recipe import DataConfig, EncoderConfig, Recipe, load_recipe
 from drivekd.train.run import distill
+from drivekd.train.teachers import load_teacher, share_equal_weights
 from drivekd.train.trainer import DistillTrainer
 
 __all__ = [
@@ -20,5 +21,7 @@ __all__ = [
     "distill",
     "load_model",
     "load_recipe",
+    "load_teacher",
     "logit_distillation_loss",
+    "share_equal_weights",
 ]

@@ -221,6 +221,17 @@ class DistillConfig:
         """The signals' names, in order."""
         return tuple(signal.name for signal in self.signals)
 
+    def teacher_layers(self) -> dict[str, list[LayerSpec] | None]:
+        """For each teacher the layers that its signals read; None if one reads its logits."""
+        needs: dict[str, list[LayerSpec] | None] = {}
+        for signal in self.signals:
+            together = needs.setdefault(signal.teacher, [])
+            if signal.teacher_layers is None:
+                needs[signal.teacher] = None
+            elif together is not None:
+                together.append(signal.teacher_layers)
+        return needs
+
     def resolve_mixing(self, question_types: Collection[str]) -> dict[str, dict[str, float]]:
         """Say which signal works on which question types of a data set, and how strongly.
 

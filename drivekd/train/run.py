@@ -71,6 +71,7 @@ def distill(recipe: Recipe) -> Path:
         recipe.distill,
         question_types={record.question_type for record in records},
         teacher_dtype=recipe.teacher_dtype,
+        teacher_device=recipe.teacher_device,
         args=args,
         data_collator=Collator(
             encoder,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from drivekd.capture import CapturedAttention, capture_attention
-from drivekd.capture.model import decoder_layers, find_decoder
+from drivekd.capture.model import decoder_depth, find_decoder
 from drivekd.data.collate import Route
 from drivekd.losses import AttentionMapLoss
 from drivekd.pairing import resolve_layers
@@ -115,14 +115,17 @@ class SignalPlan:
         """Run every teacher on its samples, without gradients.
 
         Args:
-            routes: The batch's routes, on the teachers' device.
+            routes: The batch's routes; copied to the teachers' devices.
 
         Returns:
-            One output for each route.
+            One output for each route, on its teacher's device.
         """
         outputs: dict[str, TeacherOutput] = {}
         for name, route in routes.items():
             forward = self._forwards[name]
+            place = next(forward.teacher.parameters()).device
+            if place.type != "meta":  # weights that accelerate's hooks bring in; they move inputs
+                route = route.to(place, non_blocking=place.type != "cpu")
             inputs = {**route.inputs, "use_cache": False}
             with torch.no_grad():
                 if not forward.layers:
@@ -173,7 +176,7 @@ class SignalPlan:
                 raise ValueError(f"signal {signal.config.name!r} needs logits of both models")
             losses[signal.config.name] = logit_distillation_loss(
                 logits[route.rows],
-                output.logits,
+                output.logits.to(logits.device),
                 batch["labels"][route.rows],
                 temperature=signal.config.temperature,
                 sample_weight=weight,
@@ -182,8 +185,8 @@ class SignalPlan:
 
 
 def depth(model: nn.Module) -> int:
-    """Number of layers of a model's text decoder."""
-    return len(decoder_layers(find_decoder(model)))
+    """Number of layers of the (whole) model's text decoder."""
+    return decoder_depth(find_decoder(model))
 
 
 def _attention_loss(

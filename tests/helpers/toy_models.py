@@ -34,12 +34,16 @@ def _text_settings(layers: int, hidden: int, heads: int, kv_heads: int) -> dict[
     }
 
 
+# Vectors that start at random numbers, unlike norms and most biases.
+_RANDOM_VECTORS = ("image_newline", "mlp.fc1.bias", "mlp.fc2.bias")
+
+
 def _finish(model: nn.Module, seed: int, std: float = 0.15) -> nn.Module:
     """Weights wide enough for maps that are far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 or name.endswith(_RANDOM_VECTORS):
                 parameter.normal_(std=std, generator=generator)
     return model.eval()
 
