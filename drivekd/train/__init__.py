@@ -2,6 +2,7 @@
 
 from drivekd.train.callbacks import JsonlLogger
 from drivekd.train.config import DistillConfig, ProjectionConfig, SignalConfig
+from drivekd.train.cost import LoadingCost, loading_cost
 from drivekd.train.logits import logit_distillation_loss
 from drivekd.train.models import load_model
 from drivekd.train.recipe import DataConfig, EncoderConfig, Recipe, load_recipe
@@ -15,6 +16,7 @@ __all__ = [
     "DistillTrainer",
     "EncoderConfig",
     "JsonlLogger",
+    "LoadingCost",
     "ProjectionConfig",
     "Recipe",
     "SignalConfig",
@@ -22,6 +24,7 @@ __all__ = [
     "load_model",
     "load_recipe",
     "load_teacher",
+    "loading_cost",
     "logit_distillation_loss",
     "share_equal_weights",
 ]

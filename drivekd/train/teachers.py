@@ -65,33 +65,87 @@ def load_teacher(
     config = read_config(path, revision=revision)
     truncated = truncate_config(config, deepest_layer(config, layers) + 1)
     model_class = base_class(truncated)
-    options: dict[str, Any] = {
-        "config": truncated,
-        "dtype": dtype,
-        "attn_implementation": attn_implementation,
-        "output_loading_info": True,
-    }
-    if torch.device(device).type != "cpu":
-        options["device_map"] = {"": device}
     checkpoint = None if is_quantized(config) else _open_checkpoint(path, revision)
     if checkpoint is None:
         _LOG.warning("%s is not plain safetensors; its files are read whole", path)
-        model, report = model_class.from_pretrained(path, revision=revision, **options)
-    else:
-        with checkpoint:
-            if dtype == "auto" and getattr(truncated, "dtype", None) is None:
-                options["dtype"] = _saved_dtype(checkpoint)
-            state = checkpoint.state_dict()
-            with _without_load_report():
-                model, report = model_class.from_pretrained(None, state_dict=state, **options)
-        model.config.name_or_path = str(path)
+        model, report = model_class.from_pretrained(
+            path,
+            revision=revision,
+            config=truncated,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            device_map=None if torch.device(device).type == "cpu" else {"": device},
+            output_loading_info=True,
+        )
+        _check_complete(path, model_class, report)
+        return model.eval().requires_grad_(False)
+    with checkpoint:
+        model = from_checkpoint(
+            model_class,
+            checkpoint,
+            truncated,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attn_implementation,
+        )
+    return model.eval().requires_grad_(False)
+
+
+def from_checkpoint(
+    model_class: Any,
+    checkpoint: Checkpoint,
+    config: Any,
+    *,
+    dtype: str | torch.dtype,
+    device: torch.device | str | int,
+    attn_implementation: str | None = None,
+) -> Any:
+    """Make a model of a class and config; transformers picks and reads the tensors that it has.
+
+    Raises:
+        ValueError: The checkpoint lacks a weight.
+        OSError: A file is missing or damaged.
+    """
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or _saved_dtype(checkpoint)
+    with _without_load_report():
+        model, report = model_class.from_pretrained(
+            None,
+            state_dict=_state_dict(model_class, checkpoint, config),
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            device_map=None if torch.device(device).type == "cpu" else {"": device},
+            output_loading_info=True,
+        )
+    _check_complete(checkpoint.path, model_class, report)
+    model.config.name_or_path = checkpoint.path
+    return model
+
+
+def _state_dict(model_class: Any, checkpoint: Checkpoint, config: Any) -> dict[str, Any]:
+    """The tensors under names that transformers knows for this class.
+
+    Transformers renames what older versions saved. Of some families it does not know today's names
+    under the prefix of the class with head when the class without head is loaded; such names are
+    the class' own behind the prefix.
+    """
+    tensors = checkpoint.state_dict()
+    with torch.device("meta"):
+        wanted = set(model_class(config).state_dict())
+    prefix = f"{model_class.base_model_prefix}."
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if wanted <= set(own) and not wanted <= set(tensors):
+        return {name: own[name] for name in wanted}
+    return tensors
+
+
+def _check_complete(path: str | Path, model_class: Any, report: dict[str, Any]) -> None:
     if report["missing_keys"]:
         raise ValueError(
             f"{path} lacks the weights {sorted(report['missing_keys'])[:5]} of "
             f"{model_class.__name__}"
         )
-    loaded: nn.Module = model.eval().requires_grad_(False)
-    return loaded
 
 
 def share_equal_weights(models: Iterable[nn.Module]) -> int:
@@ -133,6 +187,8 @@ def read_config(
         ValueError: The checkpoint is of remote code.
         OSError: There is no such checkpoint.
     """
+    if not Path(path).is_dir() and (Path(path).is_absolute() or str(path).startswith(".")):
+        raise FileNotFoundError(f"{path} is not a folder of a saved model")
     options = {"revision": revision, "local_files_only": local_files_only}
     raw, _ = transformers.PreTrainedConfig.get_config_dict(path, **options)
     if "auto_map" in raw and raw.get("model_type") not in transformers.CONFIG_MAPPING:
@@ -197,6 +253,21 @@ def base_class(config: Any) -> Any:
     mapping = transformers.AutoModel._model_mapping
     if type(config) not in mapping:
         raise ValueError(f"transformers has no model without head for {type(config).__name__}")
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def head_class(config: Any) -> Any:
+    """Transformers' class for this config with its language-model head.
+
+    Raises:
+        ValueError: There is none.
+    """
+    image_text = transformers.AutoModelForImageTextToText._model_mapping
+    mapping = image_text if type(config) in image_text else None
+    mapping = mapping or transformers.AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:
+        raise ValueError(f"transformers has no language model for {type(config).__name__}")
     found = mapping[type(config)]
     return found[0] if isinstance(found, tuple) else found
 

@@ -70,6 +70,7 @@ class Checkpoint:
         local_files_only: Never fetch anything.
 
     Attributes:
+        path: Folder or hub name.
         bytes_read: Bytes of tensor data read so far, by tensor name.
 
     Raises:
@@ -79,7 +80,7 @@ class Checkpoint:
     def __init__(
         self, path: str | Path, *, revision: str | None = None, local_files_only: bool = False
     ) -> None:
-        self._path = str(path)
+        self.path = str(path)
         self._options = {"revision": revision, "local_files_only": local_files_only}
         self._headers: dict[str, dict[str, TensorHeader]] = {}
         self._open: dict[str, Any] = {}
@@ -105,6 +106,10 @@ class Checkpoint:
         """All tensors by name, none read yet."""
         return {name: DeferredTensor(self, name) for name in self._files}
 
+    def file_of(self, name: str) -> str:
+        """Name of the file that holds a tensor."""
+        return self._files[name]
+
     def headers(self) -> Mapping[str, TensorHeader]:
         """Headers of all tensors; opens every file, reads no weights."""
         return {name: self.header(name) for name in self._files}
@@ -119,7 +124,7 @@ class Checkpoint:
         headers = self._file_headers(self._files[name])
         if name not in headers:
             raise ValueError(
-                f"{self._path}: {INDEX_FILE} says that {name} is in {self._files[name]}, which "
+                f"{self.path}: {INDEX_FILE} says that {name} is in {self._files[name]}, which "
                 "does not have it"
             )
         return headers[name]
@@ -141,7 +146,7 @@ class Checkpoint:
             try:
                 self._open[file] = safe_open(self._locate(file), framework="pt")
             except SafetensorError as error:
-                raise OSError(f"{file} of {self._path} is damaged: {error}") from error
+                raise OSError(f"{file} of {self.path} is damaged: {error}") from error
         return self._open[file]
 
     def _file_headers(self, file: str) -> dict[str, TensorHeader]:
@@ -151,7 +156,7 @@ class Checkpoint:
 
     def _locate(self, file: str, *, must_exist: bool = True) -> str | None:
         found: str | None = cached_file(
-            self._path,
+            self.path,
             file,
             _raise_exceptions_for_missing_entries=must_exist,
             _raise_exceptions_for_connection_errors=must_exist,
