@@ -52,6 +52,7 @@ examples:
   drivekd demo --fast                                 see that everything works, learn nothing
   drivekd demo --seeds 0 1 2 --output runs/three      means with standard errors
   drivekd distill recipes/multi.yaml training.learning_rate=1e-5 training.output_dir=runs/a
+  drivekd verify recipes/multi.yaml                   fused losses against eager ones
   drivekd data check train.json --root images/
   drivekd doctor OpenGVLab/InternVL3-8B-hf            what its parts as a teacher would cost
   drivekd evaluate runs/a/student test.json --blank --reference train.json
@@ -59,6 +60,7 @@ examples:
 where things go:
   demo        runs/demo, or --output: report.html, report.md, report.json, plots, data, students
   distill     training.output_dir of the recipe: student/, log.jsonl, checkpoint-*/
+  verify      there too: verify.json
   the others  to the terminal; --json (doctor, evaluate) for programs
 
 exit codes:
@@ -112,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_distill(commands)
+    _add_verify(commands)
     _add_data(commands)
     _add_evaluate(commands)
     _add_doctor(commands)
@@ -181,6 +184,30 @@ def _add_distill(commands: Any) -> None:
     )
     command.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+
+
+def _add_verify(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "verify",
+        _run_verify,
+        help="check the fused losses on your own models and records",
+        description="Compare each loss of a recipe and its gradients with those of eager "
+        "attention, on the recipe's\nstudent, teachers and first records: errors against what the "
+        "dtype allows, time and memory. Needs\nroom for a second copy of the models. Exit code 1 "
+        "if anything differs.",
+    )
+    command.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    command.add_argument(
+        "--samples", type=_positive, default=2, metavar="N", help="records in the batch; default: 2"
+    )
+    command.add_argument(
+        "--repeats", type=_positive, default=3, metavar="N", help="timed steps; default: 3"
+    )
+    command.add_argument(
+        "--json", type=Path, metavar="FILE", help="default: verify.json in training.output_dir"
+    )
 
 
 def _add_data(commands: Any) -> None:
@@ -278,6 +305,23 @@ def _run_distill(settings: argparse.Namespace) -> int:
     student = train.distill(train.load_recipe(settings.recipe, settings.overrides))
     print(f"student: {student}")
     return OK
+
+
+def _run_verify(settings: argparse.Namespace) -> int:
+    from drivekd.study.tables import to_text
+    from drivekd.study.verify import DIFFERS
+    from drivekd.study.verify_recipe import verify_document, verify_recipe, verify_table
+    from drivekd.train import load_recipe
+
+    recipe = load_recipe(settings.recipe, settings.overrides)
+    checks = verify_recipe(recipe, samples=settings.samples, repeats=settings.repeats)
+    print(to_text(verify_table(checks)))
+    document = verify_document(checks)
+    file = settings.json or Path(recipe.training["output_dir"]) / "verify.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(f"\nall numbers: {file}")
+    return FOUND_PROBLEMS if document["verdict"] == DIFFERS else OK
 
 
 def _run_data_check(settings: argparse.Namespace) -> int:

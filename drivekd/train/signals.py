@@ -95,7 +95,7 @@ class SignalPlan:
             types = frozenset(mixing[signal.name])
             teacher = teachers[signal.teacher]
             route = f"{first_name[id(teacher)]}({', '.join(sorted(types))})"
-            loss = _attention_loss(signal, student, teacher)
+            loss = attention_loss(signal, student, teacher)
             self.routes[route] = types
             routed[route] = teacher
             layers.setdefault(route, set()).update(() if loss is None else loss.teacher_layers)
@@ -189,7 +189,7 @@ def depth(model: nn.Module) -> int:
     return decoder_depth(find_decoder(model))
 
 
-def _attention_loss(
+def attention_loss(
     signal: SignalConfig, student: nn.Module, teacher: nn.Module
 ) -> AttentionMapLoss | None:
     """The loss of an attention signal with its layers resolved; None for a logits signal."""
