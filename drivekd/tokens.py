@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-_IMAGE_ID_NAMES = ("image_token_id", "image_token_index")
+# The last is an attribute of InternVL's remote code, where the model stands for its config.
+_IMAGE_ID_NAMES = ("image_token_id", "image_token_index", "img_context_token_id")
 _VIDEO_ID_NAMES = ("video_token_id", "video_token_index")
 
 
@@ -105,7 +106,8 @@ class TokenLayout:
             batch: Model inputs: `input_ids` (B, N), and optionally `attention_mask` (B, N) and
                 `position_ids` (B, N) or (1, N).
             config: The model's config, or any object with these attributes (also on its
-                `text_config`).
+                `text_config`); for InternVL's remote code the model itself, whose
+                `img_context_token_id` must be set.
 
         Raises:
             TypeError: An entry is not a tensor of the wanted kind.

@@ -37,7 +37,7 @@ class AttentionCapture(CapturedAttention):
         self._registry = _attention_registry()
         self._decoder = find_decoder(model)
         num_layers = decoder_depth(self._decoder)
-        super().__init__(num_layers, resolve_layers(layers, num_layers), {}, None)
+        super().__init__(num_layers, resolve_layers(layers, num_layers), {}, None, None)
         check_loaded(self._decoder, self.layers)
         self._path = path_to(model, self._decoder)
         check_supported(self._path)
@@ -54,6 +54,12 @@ class AttentionCapture(CapturedAttention):
         """The (B, N) input_ids of the captured forward, None if it was given embeddings."""
         input_ids: Tensor | None = self._watch.arguments.get("input_ids")
         return input_ids
+
+    @property
+    def position_ids(self) -> Tensor | None:
+        """The decoder's position_ids, (B, N) or (axes, B, N); None if it counts on its own."""
+        position_ids: Tensor | None = self._watch.position_ids
+        return position_ids
 
     def __enter__(self) -> AttentionCapture:
         if self._gates:
@@ -155,7 +161,8 @@ def capture_attention(
 
     Returns:
         A context manager; its value holds `captured[layer]` (`CapturedLayer`), `.layers`,
-        `.num_layers`, `.input_ids` and `.select(rows)`, and stays readable after the `with`.
+        `.num_layers`, `.input_ids`, `.position_ids` and `.select(rows)`, and stays readable after
+        the `with`.
 
     Raises:
         TypeError: `model` is no module, `layers` no sequence of ints.

@@ -42,6 +42,7 @@ class ForwardWatch:
     def _begin(self) -> None:
         self.records.clear()
         self.arguments: dict[str, Any] = {}
+        self.position_ids: Any = None  # what the decoder itself was given
         self._grad_enabled = torch.is_grad_enabled()
         self._decoder_ran = False
         self._checked_masks: list[Any] = []
@@ -64,6 +65,7 @@ class ForwardWatch:
                 "two records; hand in the language model itself and call it once per capture"
             )
         self._decoder_ran = True
+        self.position_ids = call.argument("position_ids")
         mask = self.arguments.get("attention_mask")
         ignores_packing = mask is not None or _caches(call)
         if ignores_packing and is_packed(self.arguments.get("position_ids"), mask):

@@ -48,16 +48,23 @@ class CapturedAttention:
         layers: tuple[int, ...],
         records: dict[int, CapturedLayer],
         input_ids: Tensor | None,
+        position_ids: Tensor | None,
     ) -> None:
         self.num_layers = num_layers
         self.layers = layers
         self._records = records
         self._input_ids = input_ids
+        self._position_ids = position_ids
 
     @property
     def input_ids(self) -> Tensor | None:
         """The (B, N) input_ids of the captured forward, None if it was given embeddings."""
         return self._input_ids
+
+    @property
+    def position_ids(self) -> Tensor | None:
+        """The decoder's position_ids, (B, N) or (axes, B, N); None if it counts on its own."""
+        return self._position_ids
 
     def __getitem__(self, layer: int) -> CapturedLayer:
         """The record of `layer`; negative indices count from the last decoder layer.
@@ -111,4 +118,7 @@ class CapturedAttention:
             for layer, record in self._records.items()
         }
         input_ids = None if self.input_ids is None else pick(self.input_ids)
-        return CapturedAttention(self.num_layers, self.layers, records, input_ids)
+        positions = self.position_ids
+        if positions is not None and positions.shape[-2] != 1:  # one row may stand for all samples
+            positions = positions.index_select(-2, index.to(positions.device, non_blocking=True))
+        return CapturedAttention(self.num_layers, self.layers, records, input_ids, positions)

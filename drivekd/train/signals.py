@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from drivekd.capture import CapturedAttention, capture_attention
 from drivekd.capture.model import decoder_depth, find_decoder
 from drivekd.data.collate import Route
+from drivekd.errors import TokenMismatchError
 from drivekd.losses import AttentionMapLoss
 from drivekd.pairing import resolve_layers
 from drivekd.tokens import TokenLayout
@@ -159,6 +160,9 @@ class SignalPlan:
 
         Returns:
             0-d losses by signal name.
+
+        Raises:
+            TokenMismatchError: A teacher saw other tokens than the student; names the record.
         """
         selected: dict[str, tuple[CapturedAttention | None, TokenLayout]] = {}
         losses: dict[str, Tensor] = {}
@@ -170,7 +174,11 @@ class SignalPlan:
             weight = _sample_weight(signal, batch["question_types"], route.rows.device)
             output = teachers[signal.route]
             if signal.loss is not None:
-                losses[signal.config.name] = signal.loss(student, output.capture, tokens, weight)
+                try:
+                    value = signal.loss(student, output.capture, tokens, weight)
+                except TokenMismatchError as error:
+                    raise _with_record(error, signal, route, batch) from error
+                losses[signal.config.name] = value
                 continue
             if logits is None or output.logits is None:
                 raise ValueError(f"signal {signal.config.name!r} needs logits of both models")
@@ -205,6 +213,17 @@ def attention_loss(
         )
     except ValueError as error:
         raise ValueError(f"signal {signal.name!r}: {error}") from error
+
+
+def _with_record(
+    error: TokenMismatchError, signal: Signal, route: Route, batch: Mapping[str, Any]
+) -> TokenMismatchError:
+    """The same error with the names of signal and record."""
+    records = batch.get("record_ids")
+    where = f"signal {signal.config.name!r}"
+    if error.sample is not None and records is not None:
+        where += f", record {records[int(route.rows[error.sample])]!r}"
+    return TokenMismatchError(f"{where}: {error}", error.sample)
 
 
 def _select(

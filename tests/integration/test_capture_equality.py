@@ -1,7 +1,5 @@
 """Maps from captured queries and keys are the maps that the model itself would make."""
 
-import functools
-
 import pytest
 import torch
 
@@ -46,29 +44,6 @@ def test_sliding_window_layers_give_their_window(padding, implementation):
         with capture_attention(model, range(4)) as captured:
             model(**inputs, use_cache=False)
     assert [captured[layer].window for layer in range(4)] == [None, None, 5, 5]
-    assert_maps_equal(captured, reference.attentions, inputs["attention_mask"].bool())
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about torch's own code
-def test_flex_attention(monkeypatch):
-    """With the eager compile backend: torch 2.13's CPU code for flex gives random output at times.
-
-    That happens without any capture too, and transformers always compiles flex.
-    """
-    from transformers.integrations.flex_attention import WrappedFlexAttention
-
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(WrappedFlexAttention, "_instance", None)
-    monkeypatch.setattr(WrappedFlexAttention, "_is_flex_compiled", False)
-    model = qwen2(layers=3, sliding_window=5, first_sliding_layer=1)
-    inputs = text_inputs(padding="left")
-    with torch.no_grad():
-        reference = eager_attentions(model, inputs)
-        model.set_attn_implementation("flex_attention")
-        with capture_attention(model, range(3)) as captured:
-            model(**inputs, use_cache=False)
-    assert [captured[layer].window for layer in range(3)] == [None, 5, 5]
     assert_maps_equal(captured, reference.attentions, inputs["attention_mask"].bool())
 
 

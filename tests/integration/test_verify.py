@@ -17,7 +17,7 @@ from drivekd.tokens import TokenLayout
 from drivekd.train.config import SignalConfig
 from tests.helpers import toy_data
 from tests.helpers.toy_models import FAMILIES, IMAGE, internvl, qwen2, text_inputs
-from tests.integration.test_capture_contract import traces
+from tests.helpers.traces import traces
 
 
 def pair(family, dtype=torch.float32):
