@@ -22,8 +22,10 @@ class CapturedLayer:
             (transformers hands over a transposed (B, N, H, D) view), with its graph.
         key: (B, H_kv, N, D), after rotary embedding, not repeated over query groups.
         scale: the factor on q k^T.
-        lse: (B, H, N) natural log-sum-exp of the scaled scores where the attention function gives
-            it; None so far, since transformers' functions keep it to themselves.
+        lse: (B, H, N) natural log-sum-exp of the scaled scores where the attention function
+            returns it in float32 (float64 for float64), else None, and the loss computes it.
+            Transformers' own sdpa and flash functions keep it to themselves; flex attention gives
+            it on a GPU, in the dtype of the values; the last layer of a stopped forward has none.
         window: a query at i sees the keys at j with i - window < j <= i; None: all of j <= i.
     """
 
