@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from drivekd.capture import capture_attention
-from drivekd.errors import TokenMismatchError
 from drivekd.study.eager import eager_loss
 from drivekd.tokens import TokenLayout
 from drivekd.train.config import Region, SignalConfig
+from drivekd.train.models import check_same_vision
 from drivekd.train.signals import attention_loss
 
 AGREES, DIFFERS, NOTHING = "agrees", "differs", "nothing to learn"
@@ -132,7 +132,7 @@ def verify(
 
     Raises:
         ValueError: A layer does not exist, or there is no attention signal.
-        TokenMismatchError: Student and teacher have different image tokens.
+        TokenMismatchError: Student and teacher make different tokens of an image.
         drivekd.errors.CaptureError: A model cannot be captured.
     """
     chosen = [signal for signal in signals if signal.kind == "attention"]
@@ -143,7 +143,7 @@ def verify(
     checks = []
     for signal in chosen:
         teacher = teachers if isinstance(teachers, nn.Module) else teachers[signal.teacher]
-        _check_image_tokens(student, teacher)
+        check_same_vision(signal.teacher, teacher, student)
         checks.append(_check(signal, student, teacher, inputs, layout, autocast, repeats))
     return checks
 
@@ -248,15 +248,6 @@ def _check(
         verdict=verdict,
         reasons=tuple(reasons),
     )
-
-
-def _check_image_tokens(student: nn.Module, teacher: nn.Module) -> None:
-    ids = [getattr(model.config, "image_token_id", None) for model in (student, teacher)]
-    if ids[0] != ids[1]:
-        raise TokenMismatchError(
-            f"the student's image token is {ids[0]} but the teacher's {ids[1]}; both must see the "
-            "same tokens"
-        )
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def prepare_teachers(
         TypeError: A teacher is neither a module nor a path.
         ValueError: A needed teacher is missing, shares parameters with the student, or lacks a
             layer.
-        TokenMismatchError: A teacher's image token is not the student's.
+        TokenMismatchError: A teacher makes other tokens of an image than the student.
     """
     for name in needs:
         if name not in teachers:
@@ -110,7 +110,7 @@ def prepare_teachers(
                 f"teacher {name!r} shares parameters with the student; freezing it would freeze "
                 "the student, make a copy first"
             )
-        _check_image_token(name, teacher, student)
+        check_same_vision(name, teacher, student)
         if getattr(teacher, "hf_device_map", None) is None:
             teacher.to(device)
         prepared[name] = teacher.eval().requires_grad_(False)
@@ -144,11 +144,41 @@ def _load(
     return teacher
 
 
-def _check_image_token(name: str, teacher: nn.Module, student: nn.Module) -> None:
-    configs = [getattr(model, "config", None) for model in (teacher, student)]
-    ids = [getattr(config, "image_token_id", None) for config in configs]
-    if ids[0] != ids[1]:
-        raise TokenMismatchError(
-            f"teacher {name!r} has image token {ids[0]} but the student {ids[1]}; both must see "
-            "the same tokens"
-        )
+# What decides which tokens an image or video becomes, in the configs of the families.
+_VISION_SETTINGS = (
+    "image_token_id", "video_token_id", "image_seq_length", "downsample_ratio",
+    "vision_feature_select_strategy", "image_grid_pinpoints", "vision_aspect_ratio",
+    "vision_config.image_size", "vision_config.patch_size", "vision_config.spatial_merge_size",
+    "vision_config.temporal_patch_size",
+)  # fmt: skip
+
+
+def check_same_vision(name: str, teacher: nn.Module, student: nn.Module) -> None:
+    """Raise unless both models make the same tokens of an image.
+
+    Args:
+        name: The teacher's name, for the message.
+        teacher: A model with a transformers config; one without is not looked at.
+        student: Likewise.
+
+    Raises:
+        TokenMismatchError: A setting that decides over tokens differs; names it and both values.
+    """
+    configs = [getattr(model, "config", None) for model in (student, teacher)]
+    for setting in _VISION_SETTINGS:
+        own, other = (_setting(config, setting) for config in configs)
+        if own != other:
+            raise TokenMismatchError(
+                f"teacher {name!r} has {setting} {other} but the student {own}; both must see the "
+                "same tokens, take models of one family"
+            )
+
+
+def _setting(config: Any, path: str) -> Any:
+    """A value somewhere in a config, None where it is not; 14 and (14, 14) are one size."""
+    for part in path.split("."):
+        config = getattr(config, part, None)
+    if isinstance(config, list | tuple):
+        parts = [tuple(each) if isinstance(each, list) else each for each in config]
+        return parts[0] if len(set(parts)) == 1 else tuple(parts)
+    return config

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from transformers.utils import is_flash_attn_2_available
 
 from drivekd.capture import capture_attention
 from drivekd.losses import AttentionMapLoss
@@ -270,3 +271,51 @@ def test_compiled_layers_give_the_eager_gradients(family):
     # A compiled layer has zeros where others have no gradient.
     found = {n: g for n, g in found.items() if n in gradients_expected or bool(g.any())}
     assert_gradients_equal(found, gradients_expected)
+
+
+GPU_IMPLEMENTATIONS = ["sdpa"] + ["flash_attention_2"] * is_flash_attn_2_available()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", GPU_IMPLEMENTATIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu_bf16_is_as_exact_as_eager_bf16(family, implementation):
+    torch.use_deterministic_algorithms(False)
+    make = FAMILIES[family]
+    student, teacher = (make.model(layers=n, seed=n).to("cuda", torch.bfloat16) for n in (4, 5))
+    for model in (student, teacher):
+        model.set_attn_implementation(implementation)
+    inputs = {name: tensor.cuda() for name, tensor in make.inputs(padding="left").items()}
+    tokens = layout_of(inputs)
+    batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
+    signal = SignalConfig(
+        name="s", teacher="t", student_layers="0..-2", teacher_layers="0..-2", region="full"
+    )
+    (check,) = verify(
+        student, teacher.requires_grad_(False), batch, [signal], tokens=tokens, repeats=1
+    )
+    assert check.verdict == AGREES, check.reasons
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FLEX)
+def test_on_a_gpu_flex_attention_hands_over_its_log_sum_exp(family):
+    torch.use_deterministic_algorithms(False)
+    model = FAMILIES[family].model(layers=2).cuda()
+    inputs = {k: v.cuda() for k, v in FAMILIES[family].inputs(padding="left").items()}
+    with torch.no_grad():
+        attentions = eager_attentions(model, inputs).attentions
+        model.set_attn_implementation("flex_attention")
+        with capture_attention(model, range(2)) as captured:
+            model(**inputs, use_cache=False)
+    valid = inputs["attention_mask"].bool()
+    record = captured[1]
+    keys = record.key.repeat_interleave(record.query.shape[1] // record.key.shape[1], 1)
+    count = record.query.shape[2]
+    seen = torch.ones(count, count, dtype=torch.bool, device="cuda").tril() & valid[:, None, None]
+    scores = (record.scale * record.query @ keys.mT).masked_fill(~seen, -torch.inf)
+    expected = scores.logsumexp(-1).transpose(1, 2)[valid]
+    torch.testing.assert_close(record.lse.transpose(1, 2)[valid], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        scores.softmax(-1).mean(1)[valid], attentions[1].mean(1)[valid], rtol=0, atol=1e-2
+    )

@@ -96,6 +96,27 @@ def test_parts_are_as_deep_as_the_signals_read_and_no_deeper(make, folders):
     assert len(teachers) == 2
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("image_token_id", 7, "image_token_id 7 but the student 300"),
+        ("image_seq_length", 16, "image_seq_length 16 but the student 4"),
+        ("downsample_ratio", 0.25, "downsample_ratio 0.25 but the student 0.5"),
+        ("vision_config.patch_size", (28, 28), "vision_config.patch_size 28 but the student 14"),
+        ("vision_config.image_size", [56, 28], r"image_size \(56, 28\) but the student 56"),
+    ],
+)
+def test_a_teacher_that_makes_other_tokens_of_an_image_is_refused(
+    make, whole, setting, value, message
+):
+    teacher = copy.deepcopy(whole["small"])
+    place, _, name = setting.rpartition(".")
+    setattr(teacher.config.vision_config if place else teacher.config, name, value)
+    teachers = {"a": teacher, "b": whole["large"], "c": whole["large"]}
+    with pytest.raises(TokenMismatchError, match=f"teacher 'a' has .*{message}"):
+        make(teachers)
+
+
 def test_place_of_teachers(make, folders):
     teachers = {"a": folders["small"], "b": folders["large"], "c": folders["large"]}
     trainer = make(teachers, teacher_device="cpu")

@@ -185,7 +185,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(loss, monkeypatch):
 def test_models_with_other_image_tokens_are_refused():
     student, teacher, batch = pair("internvl")
     teacher.config.image_token_id = 7
-    with pytest.raises(TokenMismatchError, match="image token is 300 but the teacher's 7"):
+    with pytest.raises(TokenMismatchError, match="has image_token_id 7 but the student 300"):
         verify(student, teacher, batch)
 
 
