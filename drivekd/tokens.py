@@ -104,7 +104,7 @@ class TokenLayout:
 
         Args:
             batch: Model inputs: `input_ids` (B, N), and optionally `attention_mask` (B, N) and
-                `position_ids` (B, N) or (1, N).
+                `position_ids` (B, N), (1, N), or (4, B, N) with the text's in the first row.
             config: The model's config, or any object with these attributes (also on its
                 `text_config`); for InternVL's remote code the model itself, whose
                 `img_context_token_id` must be set.
@@ -267,12 +267,15 @@ def _padding(mask: Tensor, input_ids: Tensor) -> Tensor:
 
 def _segments(positions: Tensor, input_ids: Tensor, valid: Tensor | None) -> Tensor | None:
     """Numbers of the packed sequences, or None where every row is one."""
+    if positions.ndim == 3 and positions.shape[0] == 4:
+        positions = positions[0]  # of text; the rotary axes of images and videos follow
     if positions.ndim == 3 and valid is not None:
         return None  # multimodal positions; with a mask, transformers looks for no packing
     if positions.ndim != 2:
         raise NotImplementedError(
             f"position_ids has shape {tuple(positions.shape)}; packed sequences are read from "
-            "(B, N) positions only: build the layout with TokenLayout.from_masks"
+            "(B, N) positions, or from the first of four rows (4, B, N): build the layout with "
+            "TokenLayout.from_masks"
         )
     if positions.shape[1] != input_ids.shape[1] or positions.shape[0] not in (
         1,

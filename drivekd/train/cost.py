@@ -118,8 +118,8 @@ def loading_cost(
         model_class = base_class(wanted)
     with _Headers(path, local_files_only=True) as checkpoint, _no_progress_bar():
         model = from_checkpoint(model_class, checkpoint, wanted, dtype=dtype, device="meta")
-        headers = checkpoint.headers()
         read = checkpoint.bytes_read
+        total = checkpoint.total_bytes
     decoder_parts = decoder_layers(find_decoder(model))
     inside = _count(decoder_parts)
     parameters = _count(model)
@@ -134,9 +134,9 @@ def loading_cost(
         run_per_token=inside - idle,
         bytes=sum(each.nbytes for each in model.parameters()),
         bytes_read=sum(read.values()),
-        bytes_on_disk=sum(header.num_bytes for header in headers.values()),
+        bytes_on_disk=total,
         files_read=len({checkpoint.file_of(name) for name in read}),
-        files=len({checkpoint.file_of(name) for name in headers}),
+        files=len(checkpoint.files),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,11 @@ class Checkpoint:
         self.bytes_read: dict[str, int] = {}
         index = self._locate(INDEX_FILE, must_exist=False)
         if index is not None:
-            self._files: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
+            table = json.loads(Path(index).read_text(encoding="utf-8"))
+            self._files: dict[str, str] = table["weight_map"]
+            self._total: int | None = table.get("metadata", {}).get("total_size")
             return
+        self._total = None
         if self._locate(SINGLE_FILE, must_exist=False) is None:
             raise FileNotFoundError(f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}")
         self._files = dict.fromkeys(self._file_headers(SINGLE_FILE), SINGLE_FILE)
@@ -106,13 +109,21 @@ class Checkpoint:
         """All tensors by name, none read yet."""
         return {name: DeferredTensor(self, name) for name in self._files}
 
+    @property
+    def files(self) -> set[str]:
+        """Names of all files."""
+        return set(self._files.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Tensor data of all files: as the index says, else from the headers of all files."""
+        if self._total is None:
+            self._total = sum(self.header(name).num_bytes for name in self._files)
+        return self._total
+
     def file_of(self, name: str) -> str:
         """Name of the file that holds a tensor."""
         return self._files[name]
-
-    def headers(self) -> Mapping[str, TensorHeader]:
-        """Headers of all tensors; opens every file, reads no weights."""
-        return {name: self.header(name) for name in self._files}
 
     def header(self, name: str) -> TensorHeader:
         """Header of one tensor; opens its file.

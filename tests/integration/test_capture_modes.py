@@ -180,6 +180,10 @@ def test_packed_rows_are_their_sequences_one_by_one(family, implementation):
             axes.append(student_of(make).model.get_rope_index(ids[:, part], kinds, grid)[0])
         positions = torch.cat([positions[None], torch.cat(axes, dim=-1)])
     tokens = TokenLayout.from_masks(ids == IMAGE, segment_ids=segments)
+    if family in VISION_LANGUAGE:
+        batch = {"input_ids": ids, "position_ids": positions}
+        tokens = TokenLayout.from_batch(batch, student_of(make).config)
+        assert torch.equal(tokens.segment_ids, segments)
     teacher = make.model(layers=4, seed=5).requires_grad_(False)
     student = student_of(make)
     for model in (teacher, student):

@@ -89,8 +89,7 @@ def test_only_the_needed_weights_are_read(family, checkpoint, read):
     assert not [name for name in source.bytes_read if "lm_head" in name]
     held = sum(p.numel() * p.element_size() for p in teacher.parameters())
     assert sum(source.bytes_read.values()) == held
-    sizes = [header.num_bytes for header in source.headers().values()]
-    assert held < 0.65 * sum(sizes)
+    assert held < 0.65 * source.total_bytes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -243,6 +242,28 @@ def test_remote_code_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"internvl_chat\).* ends in -hf\), or load the model"):
         load_teacher(tmp_path, "first")
+
+
+def test_a_hub_name_reads_its_cached_files_and_asks_for_no_others(checkpoint, tmp_path, run_python):
+    """As the hub's client lays its cache out, without a network, and without other files."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--some--teacher"
+    snapshot = repository / "snapshots" / commit
+    shutil.copytree(checkpoint("internvl"), snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    index = json.loads((snapshot / "model.safetensors.index.json").read_text())["weight_map"]
+    needed = {file for name, file in index.items() if not _behind_first(name)}
+    for file in set(index.values()) - needed:
+        (snapshot / file).unlink()
+    code = """
+from drivekd.train import load_teacher, loading_cost
+assert loading_cost("some/teacher", "first").layers == 1
+teacher = load_teacher("some/teacher", "first", revision="main")
+print(len(teacher.language_model.layers), teacher.config.name_or_path)
+"""
+    out = run_python(code, HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert out.split() == ["1", "some/teacher"]
 
 
 # --- several teachers ---------------------------------------------------------------------------
