@@ -11,7 +11,7 @@ from torch import nn
 from drivekd.capture.registry import forward_code
 from drivekd.errors import CaptureError
 
-# Entry of a decoder's config: the depth of the whole model, of which a truncated one is a part.
+# Of a decoder or its config: the depth of the whole model, of which a truncated one is a part.
 FULL_DEPTH = "drivekd_num_layers"
 
 _PLAIN_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -67,7 +67,8 @@ def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
 def decoder_depth(decoder: nn.Module) -> int:
     """Number of layers of the whole model's decoder, also where only the first ones are loaded."""
     held = len(decoder_layers(decoder))
-    whole = getattr(getattr(decoder, "config", None), FULL_DEPTH, None)
+    places = (decoder, getattr(decoder, "config", None))
+    whole = next((d for p in places if (d := getattr(p, FULL_DEPTH, None)) is not None), None)
     return held if whole is None else max(held, int(whole))
 
 
@@ -212,8 +213,8 @@ def check_can_stop(model: nn.Module) -> None:
         if _class_names(module) & {"FSDPModule", "FullyShardedDataParallel"}:
             raise NotImplementedError(
                 f"stop_after_last=True with FSDP (module {name!r}): the stop would skip its "
-                "post-forward hooks; load the teacher with drivekd.train.load_teacher, which "
-                "leaves out what lies behind its layers, and do not stop it"
+                "post-forward hooks; leave out what lies behind the wanted layers with "
+                "drivekd.train.load_teacher or truncate_teacher, and do not stop the forward"
             )
 
 

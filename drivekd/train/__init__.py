@@ -7,7 +7,7 @@ from drivekd.train.logits import logit_distillation_loss
 from drivekd.train.models import load_model
 from drivekd.train.recipe import DataConfig, EncoderConfig, Recipe, load_recipe
 from drivekd.train.run import distill
-from drivekd.train.teachers import load_teacher, share_equal_weights
+from drivekd.train.teachers import load_teacher, share_equal_weights, truncate_teacher
 from drivekd.train.trainer import DistillTrainer
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "loading_cost",
     "logit_distillation_loss",
     "share_equal_weights",
+    "truncate_teacher",
 ]

@@ -13,7 +13,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from drivekd.capture.model import FULL_DEPTH
+from drivekd.capture.model import (
+    FULL_DEPTH,
+    check_loaded,
+    decoder_depth,
+    decoder_layers,
+    find_decoder,
+)
 from drivekd.pairing import resolve_layers
 from drivekd.train.config import LayerSpec
 from drivekd.train.weights import Checkpoint
@@ -148,6 +154,35 @@ def _check_complete(path: str | Path, model_class: Any, report: dict[str, Any]) 
         )
 
 
+def truncate_teacher(model: nn.Module, layers: LayerSpec | Sequence[LayerSpec]) -> nn.Module:
+    """Take the layers behind the deepest one wanted out of a model that is loaded already.
+
+    For models that `load_teacher` cannot load, such as remote code, and where a forward may not be
+    stopped half way, such as FSDP (truncate before wrapping). In place; the weights are freed, and
+    what the model gives out (hidden states, logits, answers) is of no use any more. As after
+    `load_teacher`, -2 stays the whole model's penultimate layer for `drivekd.capture_attention`.
+
+    Args:
+        model: What `drivekd.capture_attention` takes.
+        layers: As for `load_teacher`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: `layers` is of another kind.
+        ValueError: A layer does not exist, or has been taken out before.
+        drivekd.errors.CaptureError: `model` holds no text decoder, or several.
+    """
+    decoder = find_decoder(model)
+    depth = decoder_depth(decoder)
+    deepest = _deepest(layers, depth)
+    check_loaded(decoder, [deepest])
+    decoder.layers = nn.ModuleList(list(decoder_layers(decoder))[: deepest + 1])
+    setattr(decoder, FULL_DEPTH, depth)
+    return model
+
+
 def share_equal_weights(models: Iterable[nn.Module]) -> int:
     """Let frozen models keep one copy of every tensor that they have in common.
 
@@ -215,12 +250,7 @@ def deepest_layer(config: Any, layers: LayerSpec | Sequence[LayerSpec]) -> int:
         ValueError: A layer does not exist.
     """
     depth = num_layers(config)
-    specs = (
-        list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
-    )
-    if not specs:
-        raise ValueError("layers is empty; name at least one layer of the teacher")
-    deepest = max(max(resolve_layers(spec, depth)) for spec in specs)
+    deepest = _deepest(layers, depth)
     held = int(config.get_text_config(decoder=True).num_hidden_layers)
     if deepest >= held:
         raise ValueError(
@@ -228,6 +258,14 @@ def deepest_layer(config: Any, layers: LayerSpec | Sequence[LayerSpec]) -> int:
             "only; load the whole model's checkpoint"
         )
     return deepest
+
+
+def _deepest(layers: LayerSpec | Sequence[LayerSpec], depth: int) -> int:
+    is_list = isinstance(layers, Sequence) and not isinstance(layers, str)
+    specs = list(layers) if is_list else [layers]  # type: ignore[arg-type]
+    if not specs:
+        raise ValueError("layers is empty; name at least one layer of the teacher")
+    return max(max(resolve_layers(spec, depth)) for spec in specs)  # type: ignore[arg-type]
 
 
 def truncate_config(config: Any, count: int) -> Any:

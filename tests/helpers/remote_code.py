@@ -32,11 +32,13 @@ class InternVLChat(nn.Module):
     def __init__(self, *, layers: int = 4, seed: int = 0, hidden: int = 64) -> None:
         super().__init__()
         vision = 32
-        self.vision_model = _VisionModel(vision)
-        self.mlp1 = nn.Sequential(
-            nn.LayerNorm(4 * vision), nn.Linear(4 * vision, hidden), nn.GELU(),
-            nn.Linear(hidden, hidden),
-        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # for biases, which _finish leaves alone
+            self.vision_model = _VisionModel(vision)
+            self.mlp1 = nn.Sequential(
+                nn.LayerNorm(4 * vision), nn.Linear(4 * vision, hidden), nn.GELU(),
+                nn.Linear(hidden, hidden),
+            )  # fmt: skip
         self.language_model = qwen2(layers=layers, hidden=hidden, seed=seed)
         self.config = SimpleNamespace(downsample_ratio=0.5)
         self.img_context_token_id = IMAGE

@@ -11,11 +11,12 @@ from drivekd.capture import capture_attention
 from drivekd.capture.model import FULL_DEPTH
 from drivekd.losses import AttentionMapLoss
 from drivekd.tokens import TokenLayout
-from drivekd.train import load_teacher, share_equal_weights
+from drivekd.train import load_teacher, share_equal_weights, truncate_teacher
 from drivekd.train import teachers as loading
 from drivekd.train.config import DistillConfig, SignalConfig
 from drivekd.train.models import prepare_teachers
 from drivekd.train.weights import Checkpoint
+from tests.helpers.remote_code import InternVLChat
 from tests.helpers.toy_models import FAMILIES, image_inputs, internvl, qwen2, text_inputs
 
 CPU = torch.device("cpu")
@@ -264,6 +265,51 @@ print(len(teacher.language_model.layers), teacher.config.name_or_path)
 """
     out = run_python(code, HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
     assert out.split() == ["1", "some/teacher"]
+
+
+# --- teachers that are loaded already -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [internvl, InternVLChat, qwen2])
+def test_a_loaded_model_is_truncated_in_place(make):
+    """Also InternVL's remote code, which load_teacher does not load."""
+    inputs = text_inputs() if make is qwen2 else image_inputs(padding="left")
+    whole, teacher = make(layers=5, seed=1), make(layers=5, seed=1)
+    before = sum(p.numel() for p in teacher.parameters())
+    assert truncate_teacher(teacher, ["first", -3]) is teacher
+    assert sum(p.numel() for p in teacher.parameters()) < before
+    expected = records(whole, inputs, [0, -3])
+    for stop in (False, True):
+        got = records(teacher, inputs, [0, -3], stop_after_last=stop)
+        assert got.num_layers == 5
+        assert same_records(got, expected, [0, 2])
+    with pytest.raises(ValueError, match=r"layers \[4\] of 5 are not loaded"):
+        truncate_teacher(teacher, "last")
+    truncate_teacher(teacher, 0)
+    assert same_records(records(teacher, inputs, [-5]), expected, [0])
+
+
+def test_an_fsdp_teacher_is_truncated_instead_of_stopped():
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    inputs = text_inputs()
+    expected = records(qwen2(layers=5), inputs, [-2])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        teacher = truncate_teacher(qwen2(layers=5), "penultimate")
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in teacher.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(teacher, mesh=mesh)
+        with pytest.raises(NotImplementedError, match="load_teacher or truncate_teacher"):
+            capture_attention(teacher, [-2], stop_after_last=True)
+        got = records(teacher, inputs, [-2])
+        assert got.num_layers == 5
+        torch.testing.assert_close(got[-2].query, expected[3].query)
+    finally:
+        dist.destroy_process_group()
 
 
 # --- several teachers ---------------------------------------------------------------------------
