@@ -16,9 +16,9 @@ from drivekd.errors import DataError, RecipeError
 from drivekd.study.tables import Row, Table
 from drivekd.study.verify import AGREES, DIFFERS, FLOOR, NOTHING, Check, verify
 from drivekd.train.encoders import build_encoder
-from drivekd.train.models import load_model, prepare_teachers
+from drivekd.train.models import prepare_teachers
 from drivekd.train.recipe import Recipe
-from drivekd.train.run import check_tokenizer
+from drivekd.train.run import check_tokenizer, load_student
 
 _CONCLUSIONS = {
     AGREES: "The fused losses are as exact here as eager attention.",
@@ -58,9 +58,7 @@ def verify_recipe(recipe: Recipe, *, samples: int = 2, repeats: int = 3) -> list
     for name, path in paths.items():
         check_tokenizer(name, path, tokenizer)
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student = load_model(
-        recipe.student, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation
-    ).to(place)
+    student = load_student(recipe).to(place)
     teachers = prepare_teachers(
         paths, config.teacher_layers(), student, place, dtype=recipe.teacher_dtype
     )

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from drivekd.errors import TokenMismatchError
+from drivekd.errors import RecipeError, TokenMismatchError
 from drivekd.train.config import LayerSpec, nearest
 from drivekd.train.teachers import load_teacher, share_equal_weights
 
@@ -78,8 +78,8 @@ def prepare_teachers(
 
     Raises:
         TypeError: A teacher is neither a module nor a path.
-        ValueError: A needed teacher is missing, shares parameters with the student, or lacks a
-            layer.
+        ValueError: A needed teacher is missing, or shares parameters with the student.
+        RecipeError: A checkpoint lacks a weight or a layer, or is of another kind of model.
         TokenMismatchError: A teacher makes other tokens of an image than the student.
     """
     for name in needs:
@@ -134,14 +134,14 @@ def _load(
 ) -> nn.Module:
     """Load a checkpoint for all its roles."""
     layers = [layer for role in needs if role is not None for layer in role]
-    if len(layers) == 0 or None in needs:
-        model: nn.Module = load_model(path, dtype=dtype)
-        return model
     try:
-        teacher: nn.Module = load_teacher(path, layers, dtype=dtype, device=device)
+        if not layers or None in needs:
+            model: nn.Module = load_model(path, dtype=dtype)
+        else:
+            model = load_teacher(path, layers, dtype=dtype, device=device)
     except ValueError as error:
-        raise ValueError(f"teacher {name!r}: {error}") from error
-    return teacher
+        raise RecipeError(f"teacher {name!r}: {error}") from error
+    return model
 
 
 # What decides which tokens an image or video becomes, in the configs of the families.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from drivekd.capture import CapturedAttention, capture_attention
 from drivekd.capture.model import decoder_depth, find_decoder
 from drivekd.data.collate import Route
-from drivekd.errors import TokenMismatchError
+from drivekd.errors import RecipeError, TokenMismatchError
 from drivekd.losses import AttentionMapLoss
 from drivekd.pairing import resolve_layers
 from drivekd.tokens import TokenLayout
@@ -73,7 +73,8 @@ class SignalPlan:
         question_types: The question types of the data.
 
     Raises:
-        ValueError: A layer does not exist, or mixing does not fit the data.
+        RecipeError: A layer does not exist.
+        ValueError: Mixing does not fit the data.
     """
 
     def __init__(
@@ -212,7 +213,7 @@ def attention_loss(
             denominator=signal.denominator,
         )
     except ValueError as error:
-        raise ValueError(f"signal {signal.name!r}: {error}") from error
+        raise RecipeError(f"signal {signal.name!r}: {error}") from error
 
 
 def _with_record(

@@ -259,3 +259,23 @@ def test_command_without_an_attention_signal(recipe, capsys):
     arguments = ["verify", str(recipe), "distill.signals=[{name: a, teacher: big, kind: logits}]"]
     assert main(arguments) == 2
     assert "no signal of kind 'attention'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_command_names_a_checkpoint_that_lacks_a_layer_in_one_line(recipe, tmp_path, capsys, who):
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / who / "model.safetensors"
+    weights = load_file(file)
+    weights = {n: weights[n] for n in weights if "vision" in n or "layers.1." not in n}
+    save_file(weights, file, metadata={"format": "pt"})
+    assert main(["verify", str(recipe)]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " + ("student" if who == "student" else "teacher 'big'") in err
+    assert "lacks the weights" in err and "layers.1." in err
+
+
+def test_command_names_a_layer_that_no_teacher_has_in_one_line(recipe, capsys):
+    assert main(["verify", str(recipe), "distill.signals.sort.teacher_layers=9"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "teacher 'big': layer 9 does not exist in a model of 4 decoder layers" in err
