@@ -25,7 +25,7 @@ def eager_loss(
     Args:
         student: Student with eager attention.
         teacher: Teacher with eager attention.
-        batch: Inputs of both models.
+        batch: Inputs of both models, on any device.
         tokens: What each token is, on the student's device.
         settings: Layers (non-negative), region, loss, denominator and groups.
 
@@ -44,9 +44,16 @@ def eager_loss(
     return torch.stack(losses).mean()
 
 
+def placed(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A batch on the device of a model's weights."""
+    device = next(model.parameters()).device
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
 def _maps(model: nn.Module, batch: Mapping[str, Any], layers: Sequence[int]) -> Iterator[Tensor]:
-    """Head-mean maps (B, N, N) of some layers."""
-    attentions = model(**batch, output_attentions=True, use_cache=False).attentions
+    """Head-mean maps (B, N, N) of some layers, on the model's device."""
+    inputs = placed(batch, model)
+    attentions = model(**inputs, output_attentions=True, use_cache=False).attentions
     for layer in layers:
         attention: Tensor = attentions[layer]
         yield attention.to(torch.promote_types(attention.dtype, torch.float32)).mean(1)

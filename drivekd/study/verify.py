@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from drivekd.capture import capture_attention
-from drivekd.study.eager import eager_loss
+from drivekd.study.eager import eager_loss, placed
 from drivekd.tokens import TokenLayout
 from drivekd.train.config import Region, SignalConfig
 from drivekd.train.models import check_same_vision
@@ -119,7 +119,7 @@ def verify(
 
     Args:
         student: The student; the gradients of its parameters that require one are compared.
-        teachers: Teachers by name, or one for all signals.
+        teachers: Teachers by name, or one for all signals; on any device.
         batch: Inputs of the models, on the student's device; other entries than tensors and the
             labels are left out.
         signals: What is compared; those of kind "logits" are left out. Default: the paper's three.
@@ -166,7 +166,7 @@ def _check(
     def fused() -> Tensor:
         captured = capture_attention(teacher, settings.teacher_layers, stop_after_last=True)
         with torch.no_grad(), captured:
-            teacher(**inputs, use_cache=False)
+            teacher(**placed(inputs, teacher), use_cache=False)
         with capture_attention(student, settings.student_layers) as own:
             student(**inputs, use_cache=False)
         loss: Tensor = settings(own, captured, tokens)

@@ -60,7 +60,11 @@ def verify_recipe(recipe: Recipe, *, samples: int = 2, repeats: int = 3) -> list
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = load_student(recipe).to(place)
     teachers = prepare_teachers(
-        paths, config.teacher_layers(), student, place, dtype=recipe.teacher_dtype
+        paths,
+        config.teacher_layers(),
+        student,
+        torch.device(recipe.teacher_device or place),
+        dtype=recipe.teacher_dtype,
     )
     collator = Collator(
         encoder,
