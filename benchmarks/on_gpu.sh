@@ -63,7 +63,7 @@ case $stage in
     for tool in memcheck racecheck; do
       within compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
         "$PYTHON" -m pytest -q -o addopts= -p no:cacheprovider -W ignore::pytest.PytestConfigWarning \
-        -m gpu tests/kernels/test_triton_attention.py -k "odd_lengths or padding or random_absences or unaligned" | tee "$out/$tool.txt"
+        -m gpu tests/kernels/test_triton_attention.py tests/kernels/test_triton_gradient_gpu.py -k "odd_lengths or padding or random_absences or unaligned" | tee "$out/$tool.txt"
     done
     ;;
   loss)

@@ -52,12 +52,15 @@ examples:
   drivekd demo --fast                                 see that everything works, learn nothing
   drivekd demo --seeds 0 1 2 --output runs/three      means with standard errors
   drivekd distill recipes/multi.yaml training.learning_rate=1e-5 training.output_dir=runs/a
+  drivekd verify recipes/multi.yaml                   fused losses against eager ones
   drivekd data check train.json --root images/
+  drivekd doctor OpenGVLab/InternVL3-8B-hf            what its parts as a teacher would cost
   drivekd evaluate runs/a/student test.json --blank --reference train.json
 
 where things go:
   demo        runs/demo, or --output: report.html, report.md, report.json, plots, data, students
   distill     training.output_dir of the recipe: student/, log.jsonl, checkpoint-*/
+  verify      there too: verify.json
   the others  to the terminal; --json (doctor, evaluate) for programs
 
 exit codes:
@@ -111,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_distill(commands)
+    _add_verify(commands)
     _add_data(commands)
     _add_evaluate(commands)
     _add_doctor(commands)
@@ -182,6 +186,30 @@ def _add_distill(commands: Any) -> None:
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
 
 
+def _add_verify(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "verify",
+        _run_verify,
+        help="check the fused losses on your own models and records",
+        description="Compare each loss of a recipe and its gradients with those of eager "
+        "attention, on the recipe's\nstudent, teachers and first records: errors against what the "
+        "dtype allows, time and memory. Needs\nroom for a second copy of the models. Exit code 1 "
+        "if anything differs.",
+    )
+    command.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    command.add_argument(
+        "--samples", type=_positive, default=2, metavar="N", help="records in the batch; default: 2"
+    )
+    command.add_argument(
+        "--repeats", type=_positive, default=3, metavar="N", help="timed steps; default: 3"
+    )
+    command.add_argument(
+        "--json", type=Path, metavar="FILE", help="default: verify.json in training.output_dir"
+    )
+
+
 def _add_data(commands: Any) -> None:
     data = commands.add_parser("data", help="check files of records")
     actions = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -234,8 +262,23 @@ def _add_doctor(commands: Any) -> None:
         _run_doctor,
         help="what is installed, what was built, what runs where",
         description="Show versions, devices, the compiled extension, and which backend each op "
-        "would use, and why\nnot another. Exit code 1 if drivekd is not usable here.",
+        "would use, and why\nnot another. Exit code 1 if drivekd is not usable here.\n\n"
+        "With MODEL or --recipe: what a model, or each part that its signals need, will load and "
+        "compute;\nreads its config and the headers of its files, no weights.",
     )
+    command.add_argument("model", nargs="?", metavar="MODEL", help="folder, or cached hub name")
+    command.add_argument(
+        "--layers",
+        nargs="+",
+        type=_layers,
+        metavar="LAYERS",
+        help="layers of MODEL whose maps are wanted, such as first, penultimate, 0..-2 or 3; "
+        "default: those of perception, reasoning and planning",
+    )
+    command.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="student and teachers of this recipe"
+    )
+    command.add_argument("--dtype", default="auto", help="of MODEL in memory; default: as saved")
     what = command.add_mutually_exclusive_group()
     what.add_argument("--json", action="store_true", help="print everything as JSON")
     what.add_argument("--build", action="store_true", help="only what the installation built")
@@ -262,6 +305,23 @@ def _run_distill(settings: argparse.Namespace) -> int:
     student = train.distill(train.load_recipe(settings.recipe, settings.overrides))
     print(f"student: {student}")
     return OK
+
+
+def _run_verify(settings: argparse.Namespace) -> int:
+    from drivekd.study.tables import to_text
+    from drivekd.study.verify import DIFFERS
+    from drivekd.study.verify_recipe import verify_document, verify_recipe, verify_table
+    from drivekd.train import load_recipe
+
+    recipe = load_recipe(settings.recipe, settings.overrides)
+    checks = verify_recipe(recipe, samples=settings.samples, repeats=settings.repeats)
+    print(to_text(verify_table(checks)))
+    document = verify_document(checks)
+    file = settings.json or Path(recipe.training["output_dir"]) / "verify.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(f"\nall numbers: {file}")
+    return FOUND_PROBLEMS if document["verdict"] == DIFFERS else OK
 
 
 def _run_data_check(settings: argparse.Namespace) -> int:
@@ -357,6 +417,10 @@ def _score_table(scores: Scores, blank: Scores | None) -> Table:
 
 
 def _run_doctor(settings: argparse.Namespace) -> int:
+    if settings.model or settings.recipe:
+        return _run_doctor_model(settings)
+    if settings.layers:
+        raise RecipeError("--layers needs a MODEL")
     from drivekd.doctor import diagnose, format_build, format_diagnosis
 
     diagnosis = diagnose()
@@ -365,6 +429,29 @@ def _run_doctor(settings: argparse.Namespace) -> int:
     else:
         print(format_build(diagnosis) if settings.build else format_diagnosis(diagnosis))
     return FOUND_PROBLEMS if diagnosis.problems else OK
+
+
+def _run_doctor_model(settings: argparse.Namespace) -> int:
+    from drivekd.study.costs import cost_table
+    from drivekd.study.tables import to_text
+    from drivekd.train.cost import ROLES, loading_cost, recipe_costs
+    from drivekd.train.recipe import load_recipe
+
+    try:
+        costs = recipe_costs(load_recipe(settings.recipe)) if settings.recipe else []
+        if settings.model:
+            roles = {"these layers": settings.layers} if settings.layers else ROLES
+            costs += [
+                loading_cost(settings.model, layers, role=role, dtype=settings.dtype)
+                for role, layers in roles.items()
+            ]
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    if settings.json:
+        print(json.dumps([dataclasses.asdict(cost) for cost in costs], indent=1))
+    else:
+        print(to_text(cost_table(costs)))
+    return OK
 
 
 class _Version(argparse.Action):
@@ -379,6 +466,11 @@ class _Version(argparse.Action):
             version = "(not installed, run from its source tree)"
         print(f"drivekd {version}")
         parser.exit()
+
+
+def _layers(text: str) -> int | str:
+    """A layer's number, or the name of layers, for argparse."""
+    return int(text) if text.lstrip("-").isdigit() else text
 
 
 def _positive(text: str) -> int:

@@ -10,7 +10,15 @@ class CaptureError(RuntimeError):
 
 
 class TokenMismatchError(ValueError):
-    """Student and teacher did not see the same tokens."""
+    """Student and teacher did not see the same tokens.
+
+    Attributes:
+        sample: index in the batch of the sample that differs, where one is known.
+    """
+
+    def __init__(self, message: str, sample: int | None = None) -> None:
+        super().__init__(message)
+        self.sample = sample
 
 
 class RecipeError(ValueError):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -106,21 +107,23 @@ class AttentionMapLoss(nn.Module):
 
         Args:
             student_capture: Captured forward of the student; gradients flow to its model.
-            teacher_capture: Captured forward of the teacher, made under `torch.no_grad()`.
+            teacher_capture: Captured forward of the teacher, made under `torch.no_grad()`; copied
+                to the student's device where it is on another.
             tokens: What each token is; None only for the full region without padding.
             sample_weight: (B,) floating, one weight a sample.
             reduction: `"mean"` over student layers, or `"none"`.
 
         Raises:
             TokenMismatchError: The two models saw different tokens. Shapes are always compared;
-                `input_ids`, where both captures know them, by value on the CPU, and on other
-                devices (where that synchronises) under `DRIVEKD_DEBUG=1`.
+                `input_ids` and `position_ids`, where both captures know them, by value on the CPU,
+                and on other devices (where that synchronises) under `DRIVEKD_DEBUG=1`.
             NotImplementedError: A student layer and its teacher have different sliding windows.
             ValueError: As `drivekd.functional.layerwise_attention_map_loss`.
             drivekd.errors.CaptureError: A layer was not captured.
         """
         students = [student_capture[layer] for layer in self.student_layers]
-        teachers = [teacher_capture[layer] for layer in self.teacher_layers]
+        device = students[0].query.device
+        teachers = [_on(device, teacher_capture[layer]) for layer in self.teacher_layers]
         _check_same_tokens(student_capture, teacher_capture, students[0], teachers[0], tokens)
         return layerwise_attention_map_loss(
             [(each.query, each.key) for each in students],
@@ -165,6 +168,28 @@ class AttentionMapLoss(nn.Module):
         return windows
 
 
+@dataclass(frozen=True)
+class _Copy:
+    """A record on another device."""
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    lse: Tensor | None
+    window: int | None
+
+
+def _on(device: torch.device, record: LayerRecord) -> LayerRecord:
+    if record.query.device == device:
+        return record
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=device.type != "cpu")  # the host would not wait
+
+    lse = None if record.lse is None else copied(record.lse)
+    return _Copy(copied(record.query), copied(record.key), record.scale, lse, record.window)
+
+
 def _effective_window(record: LayerRecord) -> int | None:
     window = record.window
     return None if window is None or window >= record.query.shape[2] else window
@@ -183,26 +208,48 @@ def _check_same_tokens(
             f"the student saw {seen[0][0]} samples of {seen[0][1]} tokens but the teacher "
             f"{seen[1][0]} of {seen[1][1]}; give both models the same batch"
         )
-    ids, other = student.input_ids, teacher.input_ids
-    if ids is None or other is None:
+    _compare("input_ids", student.input_ids, teacher.input_ids, tokens)
+    # Captures of other makers need not have them.
+    own, other = (getattr(each, "position_ids", None) for each in (student, teacher))
+    _compare("position_ids", own, other, tokens)
+
+
+def _compare(
+    name: str, own: Tensor | None, other: Tensor | None, tokens: TokenLayout | None
+) -> None:
+    """Complain about the first valid token at which two models were given something else."""
+    if own is None or other is None:
         return
-    if ids.shape != other.shape:
+    try:  # one row of positions may stand for all samples
+        shape = torch.broadcast_shapes(own.shape, other.shape)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        shape = None
+    if shape is None or (name == "input_ids" and own.shape != other.shape):
         raise TokenMismatchError(
-            f"input_ids of the student have shape {tuple(ids.shape)}, those of the teacher "
+            f"{name} of the student have shape {tuple(own.shape)}, those of the teacher "
             f"{tuple(other.shape)}; give both models the same batch"
         )
-    on_cpu = ids.device.type == "cpu" and other.device.type == "cpu"
+    on_cpu = own.device.type == "cpu" and other.device.type == "cpu"
     if torch.compiler.is_compiling() or not (on_cpu or os.environ.get("DRIVEKD_DEBUG") == "1"):
         return
-    differ = ids != other.to(ids.device)
-    if tokens is not None and tokens.valid.shape == differ.shape:
-        differ &= tokens.valid.to(ids.device)
+    differ = own != other.to(own.device)
+    if tokens is not None and tokens.valid.shape[-1] == differ.shape[-1]:
+        differ = differ & tokens.valid.to(own.device)
     if bool(differ.any()):
-        sample, position = (int(index) for index in differ.nonzero()[0])
+        *axis, sample, position = (int(index) for index in differ.nonzero()[0])
+        values = [
+            int(each.expand(differ.shape)[(*axis, sample, position)]) for each in (own, other)
+        ]
+        what = "tokens" if name == "input_ids" else "positions"
+        remedy = (
+            "both need the same tokenizer and the same batch"
+            if name == "input_ids"
+            else "both need the same position_ids, and image grids counted in the same way"
+        )
         raise TokenMismatchError(
-            f"student and teacher saw different tokens: sample {sample}, position {position} is "
-            f"{int(ids[sample, position])} for the student and {int(other[sample, position])} for "
-            "the teacher; both need the same tokenizer and the same batch"
+            f"student and teacher saw different {what}: sample {sample}, position {position} is "
+            f"{values[0]} for the student and {values[1]} for the teacher; {remedy}",
+            sample,
         )
 
 

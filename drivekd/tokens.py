@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-_IMAGE_ID_NAMES = ("image_token_id", "image_token_index")
+# The last is an attribute of InternVL's remote code, where the model stands for its config.
+_IMAGE_ID_NAMES = ("image_token_id", "image_token_index", "img_context_token_id")
 _VIDEO_ID_NAMES = ("video_token_id", "video_token_index")
 
 
@@ -103,9 +104,10 @@ class TokenLayout:
 
         Args:
             batch: Model inputs: `input_ids` (B, N), and optionally `attention_mask` (B, N) and
-                `position_ids` (B, N) or (1, N).
+                `position_ids` (B, N), (1, N), or (4, B, N) with the text's in the first row.
             config: The model's config, or any object with these attributes (also on its
-                `text_config`).
+                `text_config`); for InternVL's remote code the model itself, whose
+                `img_context_token_id` must be set.
 
         Raises:
             TypeError: An entry is not a tensor of the wanted kind.
@@ -265,12 +267,15 @@ def _padding(mask: Tensor, input_ids: Tensor) -> Tensor:
 
 def _segments(positions: Tensor, input_ids: Tensor, valid: Tensor | None) -> Tensor | None:
     """Numbers of the packed sequences, or None where every row is one."""
+    if positions.ndim == 3 and positions.shape[0] == 4:
+        positions = positions[0]  # of text; the rotary axes of images and videos follow
     if positions.ndim == 3 and valid is not None:
         return None  # multimodal positions; with a mask, transformers looks for no packing
     if positions.ndim != 2:
         raise NotImplementedError(
             f"position_ids has shape {tuple(positions.shape)}; packed sequences are read from "
-            "(B, N) positions only: build the layout with TokenLayout.from_masks"
+            "(B, N) positions, or from the first of four rows (4, B, N): build the layout with "
+            "TokenLayout.from_masks"
         )
     if positions.shape[1] != input_ids.shape[1] or positions.shape[0] not in (
         1,

@@ -17,8 +17,9 @@ from drivekd.capture.forward import ForwardWatch, LayerTap, open_watches
 from drivekd.capture.model import (
     attention_module,
     check_can_stop,
+    check_loaded,
     check_supported,
-    decoder_layers,
+    decoder_depth,
     find_decoder,
     path_to,
     resolve_layers,
@@ -35,8 +36,9 @@ class AttentionCapture(CapturedAttention):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self._registry = _attention_registry()
         self._decoder = find_decoder(model)
-        num_layers = len(decoder_layers(self._decoder))
-        super().__init__(num_layers, resolve_layers(layers, num_layers), {}, None)
+        num_layers = decoder_depth(self._decoder)
+        super().__init__(num_layers, resolve_layers(layers, num_layers), {}, None, None)
+        check_loaded(self._decoder, self.layers)
         self._path = path_to(model, self._decoder)
         check_supported(self._path)
         if stop_after_last:
@@ -52,6 +54,12 @@ class AttentionCapture(CapturedAttention):
         """The (B, N) input_ids of the captured forward, None if it was given embeddings."""
         input_ids: Tensor | None = self._watch.arguments.get("input_ids")
         return input_ids
+
+    @property
+    def position_ids(self) -> Tensor | None:
+        """The decoder's position_ids, (B, N) or (axes, B, N); None if it counts on its own."""
+        position_ids: Tensor | None = self._watch.position_ids
+        return position_ids
 
     def __enter__(self) -> AttentionCapture:
         if self._gates:
@@ -147,17 +155,19 @@ def capture_attention(
         model: a transformers model, also inside PEFT, DistributedDataParallel, FSDP or
             torch.compile, or any module that holds exactly one text decoder. Hand in what is
             called.
-        layers: decoder layer indices; negative ones count from the last. `captured[-2]` and
-            `captured[n - 2]` are one record.
+        layers: decoder layer indices; negative ones count from the last, also in a truncated
+            teacher from the whole model's. `captured[-2]` and `captured[n - 2]` are one record.
         stop_after_last: end the forward after the last wanted layer; for teachers.
 
     Returns:
         A context manager; its value holds `captured[layer]` (`CapturedLayer`), `.layers`,
-        `.num_layers`, `.input_ids` and `.select(rows)`, and stays readable after the `with`.
+        `.num_layers`, `.input_ids`, `.position_ids` and `.select(rows)`, and stays readable after
+        the `with`.
 
     Raises:
         TypeError: `model` is no module, `layers` no sequence of ints.
-        ValueError: `layers` is empty or names a layer that the decoder does not have.
+        ValueError: `layers` is empty, or names a layer that the decoder does not have or that a
+            truncated one (`drivekd.train.load_teacher`) does not hold.
         CaptureError: no decoder, several, or an attention that cannot be wrapped; transformers is
             missing; on leaving, a layer without a record. During a forward: reentrant gradient
             checkpointing, packed `position_ids` that transformers would ignore, a decoder that runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class ForwardWatch:
     def _begin(self) -> None:
         self.records.clear()
         self.arguments: dict[str, Any] = {}
+        self.position_ids: Any = None  # what the decoder itself was given
         self._grad_enabled = torch.is_grad_enabled()
         self._decoder_ran = False
         self._checked_masks: list[Any] = []
@@ -64,6 +66,7 @@ class ForwardWatch:
                 "two records; hand in the language model itself and call it once per capture"
             )
         self._decoder_ran = True
+        self.position_ids = call.argument("position_ids")
         mask = self.arguments.get("attention_mask")
         ignores_packing = mask is not None or _caches(call)
         if ignores_packing and is_packed(self.arguments.get("position_ids"), mask):
@@ -112,20 +115,30 @@ class LayerTap:
     def __init__(self, attention: nn.Module, layer: int, above: list[nn.Module]) -> None:
         self.attention = attention
         self.watches: list[ForwardWatch] = []
+        self._noted: list[ForwardWatch] = []
         self._layer = layer
         self._above = above  # from the attention module up to, without, the decoder
 
-    def see(self, query: Tensor, key: Tensor, attention_mask: Any, options: dict[str, Any]) -> None:
-        """Record one attention call; ends the forward once nobody needs the rest."""
+    def see(self, query: Tensor, key: Tensor, attention_mask: Any, options: dict[str, Any]) -> bool:
+        """Record one attention call, if any capture waits; ends the forward that nobody needs."""
         waiting = [watch for watch in self.watches if watch.awaits(self._layer)]
+        self._noted = waiting
         if not waiting:
-            return
+            return False
         record = self._record(query, key, options)
         for watch in waiting:
             watch.take(self._layer, record, self.attention.training, attention_mask)
         running = [w for w in open_watches if w.depth > 0 and w.decoder is waiting[0].decoder]
         if all(watch.may_stop for watch in running):
             raise StopForward(list(self._above))
+        return True
+
+    def finish(self, lse: Tensor) -> None:
+        """Complete the records of the call that was seen last."""
+        for watch in self._noted:
+            record = watch.records[self._layer]
+            watch.records[self._layer] = replace(record, lse=lse.detach())
+        self._noted = []
 
     def _record(self, query: Tensor, key: Tensor, options: dict[str, Any]) -> CapturedLayer:
         for option, meaning in _UNSUPPORTED_OPTIONS.items():

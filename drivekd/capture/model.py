@@ -11,6 +11,9 @@ from torch import nn
 from drivekd.capture.registry import forward_code
 from drivekd.errors import CaptureError
 
+# Of a decoder or its config: the depth of the whole model, of which a truncated one is a part.
+FULL_DEPTH = "drivekd_num_layers"
+
 _PLAIN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _SELF_ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 # Families whose image tokens see each other in both directions whenever token types are passed.
@@ -59,6 +62,14 @@ def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
     if not isinstance(layers, nn.ModuleList):
         raise TypeError(f"decoder.layers must be a ModuleList, got {type(layers).__name__}")
     return layers
+
+
+def decoder_depth(decoder: nn.Module) -> int:
+    """Number of layers of the whole model's decoder, also where only the first ones are loaded."""
+    held = len(decoder_layers(decoder))
+    places = (decoder, getattr(decoder, "config", None))
+    whole = next((d for p in places if (d := getattr(p, FULL_DEPTH, None)) is not None), None)
+    return held if whole is None else max(held, int(whole))
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
@@ -115,6 +126,17 @@ def resolve_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
             f"({-depth} .. {depth - 1})"
         )
     return tuple(sorted({layer % depth for layer in layers}))
+
+
+def check_loaded(decoder: nn.Module, layers: Sequence[int]) -> None:
+    """Complain about layers of the whole model that a truncated one does not hold."""
+    held = len(decoder_layers(decoder))
+    absent = [layer for layer in layers if layer >= held]
+    if absent:
+        raise ValueError(
+            f"layers {absent} of {decoder_depth(decoder)} are not loaded: this model holds the "
+            f"first {held} only; name all wanted layers in drivekd.train.load_teacher"
+        )
 
 
 def _dispatching_modules(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -191,7 +213,8 @@ def check_can_stop(model: nn.Module) -> None:
         if _class_names(module) & {"FSDPModule", "FullyShardedDataParallel"}:
             raise NotImplementedError(
                 f"stop_after_last=True with FSDP (module {name!r}): the stop would skip its "
-                "post-forward hooks; cut the teacher's `layers` after loading instead"
+                "post-forward hooks; leave out what lies behind the wanted layers with "
+                "drivekd.train.load_teacher or truncate_teacher, and do not stop the forward"
             )
 
 

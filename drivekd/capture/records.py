@@ -22,8 +22,10 @@ class CapturedLayer:
             (transformers hands over a transposed (B, N, H, D) view), with its graph.
         key: (B, H_kv, N, D), after rotary embedding, not repeated over query groups.
         scale: the factor on q k^T.
-        lse: (B, H, N) natural log-sum-exp of the scaled scores where the attention function gives
-            it; None so far, since transformers' functions keep it to themselves.
+        lse: (B, H, N) natural log-sum-exp of the scaled scores where the attention function
+            returns it in float32 (float64 for float64), else None, and the loss computes it.
+            Transformers' own sdpa and flash functions keep it to themselves; flex attention gives
+            it on a GPU, in the dtype of the values; the last layer of a stopped forward has none.
         window: a query at i sees the keys at j with i - window < j <= i; None: all of j <= i.
     """
 
@@ -38,7 +40,7 @@ class CapturedAttention:
     """Captured layers, by index.
 
     Attributes:
-        num_layers: depth of the model's decoder.
+        num_layers: depth of the (whole) model's decoder.
         layers: the captured layers, ascending and non-negative.
     """
 
@@ -48,16 +50,23 @@ class CapturedAttention:
         layers: tuple[int, ...],
         records: dict[int, CapturedLayer],
         input_ids: Tensor | None,
+        position_ids: Tensor | None,
     ) -> None:
         self.num_layers = num_layers
         self.layers = layers
         self._records = records
         self._input_ids = input_ids
+        self._position_ids = position_ids
 
     @property
     def input_ids(self) -> Tensor | None:
         """The (B, N) input_ids of the captured forward, None if it was given embeddings."""
         return self._input_ids
+
+    @property
+    def position_ids(self) -> Tensor | None:
+        """The decoder's position_ids, (B, N) or (axes, B, N); None if it counts on its own."""
+        return self._position_ids
 
     def __getitem__(self, layer: int) -> CapturedLayer:
         """The record of `layer`; negative indices count from the last decoder layer.
@@ -111,4 +120,7 @@ class CapturedAttention:
             for layer, record in self._records.items()
         }
         input_ids = None if self.input_ids is None else pick(self.input_ids)
-        return CapturedAttention(self.num_layers, self.layers, records, input_ids)
+        positions = self.position_ids
+        if positions is not None and positions.shape[-2] != 1:  # one row may stand for all samples
+            positions = positions.index_select(-2, index.to(positions.device, non_blocking=True))
+        return CapturedAttention(self.num_layers, self.layers, records, input_ids, positions)

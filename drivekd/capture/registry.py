@@ -31,8 +31,11 @@ Registry = MutableMapping[str, AttentionFunction]
 class Tap(Protocol):
     """What sits on an attention module under `TAP_ATTRIBUTE`."""
 
-    def see(self, query: Tensor, key: Tensor, attention_mask: Any, options: dict[str, Any]) -> None:
-        """Take note of one attention call; may raise to end the forward."""
+    def see(self, query: Tensor, key: Tensor, attention_mask: Any, options: dict[str, Any]) -> bool:
+        """Take note of one attention call, or not; may raise to end the forward."""
+
+    def finish(self, lse: Tensor) -> None:
+        """Take the log-sum-exp of the call that was noted last."""
 
 
 @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
@@ -40,9 +43,31 @@ class Tap(Protocol):
 )
 def _show(
     module: nn.Module, query: Tensor, key: Tensor, attention_mask: Any, options: dict[str, Any]
-) -> None:
+) -> bool:
     tap: Tap = getattr(module, TAP_ATTRIBUTE)
-    tap.see(query, key, attention_mask, options)
+    return tap.see(query, key, attention_mask, options)
+
+
+@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+    reason="drivekd.capture_attention records the log-sum-exp here"
+)
+def _finish(module: nn.Module, lse: Tensor) -> None:
+    tap: Tap = getattr(module, TAP_ATTRIBUTE)
+    tap.finish(lse)
+
+
+def _log_sum_exp(result: Any, query: Tensor) -> Tensor | None:
+    """The log-sum-exp in what an attention function returned, if it is there and exact enough.
+
+    Flex attention returns it where eager attention returns maps, but rounded to the dtype of the
+    values: in 16 bits that is a few percent of a probability, and of no use.
+    """
+    lse = result[1] if isinstance(result, tuple) and len(result) > 1 else None
+    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if not isinstance(lse, Tensor) or lse.shape != query.shape[:-1] or lse.dtype != exact:
+        return None
+    # Under autocast the loss rounds queries and keys; their log-sum-exp is then another.
+    return None if torch.is_autocast_enabled(query.device.type) else lse
 
 
 def forward_code(module_type: type[nn.Module]) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -83,11 +108,15 @@ def _wrap(inner: AttentionFunction | None) -> AttentionFunction:
     def tapped_attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        if hasattr(module, TAP_ATTRIBUTE):
-            mask = args[0] if args else kwargs.get("attention_mask")
-            _show(module, query, key, mask, kwargs)
         function = eager_function(module) if inner is None else inner
-        return function(module, query, key, value, *args, **kwargs)
+        if not hasattr(module, TAP_ATTRIBUTE):
+            return function(module, query, key, value, *args, **kwargs)
+        mask = args[0] if args else kwargs.get("attention_mask")
+        noted = _show(module, query, key, mask, kwargs)
+        result = function(module, query, key, value, *args, **kwargs)
+        if noted and (lse := _log_sum_exp(result, query)) is not None:
+            _finish(module, lse)
+        return result
 
     return tapped_attention
 

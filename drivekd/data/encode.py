@@ -166,13 +166,7 @@ class SingleTileEncoder:
 
     def _check(self, record: Record, *, needs_answer: bool) -> None:
         check_record(record, needs_answer=needs_answer)
-        for message in record.messages:
-            for token in self._reserved:
-                if token in message.content:
-                    raise DataError(
-                        f"{describe_record(record)}: a message holds the reserved token "
-                        f"{token!r}; write {IMAGE_PLACEHOLDER} where an image goes"
-                    )
+        _refuse_reserved(record, self._reserved)
 
     def _template(self, turns: Sequence[Turn]) -> Template:
         messages = [{"role": role, "content": content} for role, content in turns]
@@ -238,6 +232,10 @@ class ProcessorEncoder:
             raise ValueError("processor has no chat template; set processor.chat_template")
         self.processor = processor
         self.root = None if root is None else Path(root)
+        named = [getattr(processor, name, None) for name in ("image_token", "video_token")]
+        self._reserved = tuple(
+            token for token in named if isinstance(token, str) and token != IMAGE_PLACEHOLDER
+        )
 
     def __call__(self, record: Record) -> dict[str, Tensor]:
         """Encode a record with its answers.
@@ -251,9 +249,11 @@ class ProcessorEncoder:
 
         Raises:
             DataError: Placeholders and images do not match, an image is missing or unreadable,
-                or prompt and whole conversation do not share their first tokens.
+                a message holds the processor's own image token, or prompt and whole conversation
+                do not share their first tokens.
         """
         check_record(record, needs_answer=True)
+        _refuse_reserved(record, self._reserved)
         turns = turns_of(record, drop_answer=False)
         pieces = split_answers(record, turns, self._template(turns))
         images = [load_image(record, path, self.root) for path in record.images]
@@ -285,6 +285,7 @@ class ProcessorEncoder:
             DataError: As in `__call__`.
         """
         check_record(record, needs_answer=False)
+        _refuse_reserved(record, self._reserved)
         turns = turns_of(record, drop_answer=True)
         images = [load_image(record, path, self.root) for path in record.images]
         pieces = split_answers(record, turns, self._template(turns))
@@ -325,6 +326,17 @@ class ProcessorEncoder:
                 "of the whole conversation, so the answer cannot be told from the prompt"
             )
         return len(prefix)
+
+
+def _refuse_reserved(record: Record, tokens: Sequence[str]) -> None:
+    """Image tokens in a message would stand for patches that no image gives."""
+    for message in record.messages:
+        for token in tokens:
+            if token in message.content:
+                raise DataError(
+                    f"{describe_record(record)}: a message holds the reserved token "
+                    f"{token!r}; write {IMAGE_PLACEHOLDER} where an image goes"
+                )
 
 
 def _content(text: str) -> list[dict[str, str]]:

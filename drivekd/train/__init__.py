@@ -2,10 +2,12 @@
 
 from drivekd.train.callbacks import JsonlLogger
 from drivekd.train.config import DistillConfig, ProjectionConfig, SignalConfig
+from drivekd.train.cost import LoadingCost, loading_cost
 from drivekd.train.logits import logit_distillation_loss
 from drivekd.train.models import load_model
 from drivekd.train.recipe import DataConfig, EncoderConfig, Recipe, load_recipe
 from drivekd.train.run import distill
+from drivekd.train.teachers import load_teacher, share_equal_weights, truncate_teacher
 from drivekd.train.trainer import DistillTrainer
 
 __all__ = [
@@ -14,11 +16,16 @@ __all__ = [
     "DistillTrainer",
     "EncoderConfig",
     "JsonlLogger",
+    "LoadingCost",
     "ProjectionConfig",
     "Recipe",
     "SignalConfig",
     "distill",
     "load_model",
     "load_recipe",
+    "load_teacher",
+    "loading_cost",
     "logit_distillation_loss",
+    "share_equal_weights",
+    "truncate_teacher",
 ]

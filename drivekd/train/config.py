@@ -228,6 +228,17 @@ class DistillConfig:
         static = self.weighting == "static"
         return tuple(signal for signal in self.signals if not (static and signal.weight == 0))
 
+    def teacher_layers(self) -> dict[str, list[LayerSpec] | None]:
+        """For each teacher the layers that its signals read; None if one reads its logits."""
+        needs: dict[str, list[LayerSpec] | None] = {}
+        for signal in self.active:
+            together = needs.setdefault(signal.teacher, [])
+            if signal.teacher_layers is None:
+                needs[signal.teacher] = None
+            elif together is not None:
+                together.append(signal.teacher_layers)
+        return needs
+
     def resolve_mixing(self, question_types: Collection[str]) -> dict[str, dict[str, float]]:
         """Say which signal works on which question types of a data set, and how strongly.
 

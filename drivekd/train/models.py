@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 import transformers
 from torch import nn
 
-from drivekd.errors import TokenMismatchError
-from drivekd.train.config import nearest
+from drivekd.errors import RecipeError, TokenMismatchError
+from drivekd.train.config import LayerSpec, nearest
+from drivekd.train.teachers import load_teacher, share_equal_weights
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,17 +53,22 @@ def load_model(
 
 def prepare_teachers(
     teachers: Mapping[str, nn.Module | str | Path],
-    wanted: Collection[str],
+    needs: Mapping[str, Sequence[LayerSpec] | None],
     student: nn.Module,
     device: torch.device,
     *,
     dtype: str = "auto",
 ) -> dict[str, nn.Module]:
-    """Load the teachers that signals use, freeze them and move them to a device.
+    """Load what signals need of their teachers, freeze it and move it to a device.
+
+    A checkpoint under several names is loaded once, as deep as the deepest of their layers. Weights
+    that several teachers have in common, such as a vision tower that their tuning left alone, are
+    held once.
 
     Args:
-        teachers: Models or paths by name; one path under several names is loaded once.
-        wanted: Names of the teachers that are needed; others are left alone, with a warning.
+        teachers: Models or paths by name.
+        needs: For each teacher that is needed the layers whose maps are wanted, or None for the
+            whole model with its language-model head. Other teachers are left alone, with a warning.
         student: The student, which may share no parameter with a teacher.
         device: Where to put them; a teacher spread by `device_map` stays where it is.
         dtype: Of loaded teachers, as in `load_model`.
@@ -73,19 +79,28 @@ def prepare_teachers(
     Raises:
         TypeError: A teacher is neither a module nor a path.
         ValueError: A needed teacher is missing, or shares parameters with the student.
-        TokenMismatchError: A teacher's image token is not the student's.
+        RecipeError: A checkpoint lacks a weight or a layer, or is of another kind of model.
+        TokenMismatchError: A teacher makes other tokens of an image than the student.
     """
+    for name in needs:
+        if name not in teachers:
+            raise ValueError(f"there is no teacher {name!r}; {nearest(name, teachers)}")
     loaded: dict[str, nn.Module] = {}
     prepared: dict[str, nn.Module] = {}
     student_parameters = {id(parameter) for parameter in student.parameters()}
-    for name in sorted(wanted):
-        if name not in teachers:
-            raise ValueError(f"there is no teacher {name!r}; {nearest(name, teachers)}")
+    for name in sorted(needs):
         teacher = teachers[name]
         if isinstance(teacher, str | Path):
-            if str(teacher) not in loaded:
-                loaded[str(teacher)] = load_model(teacher, dtype=dtype)
-            teacher = loaded[str(teacher)]
+            place = _place(teacher)
+            if place not in loaded:
+                roles = [
+                    role
+                    for role in needs
+                    if isinstance(path := teachers[role], str | Path) and _place(path) == place
+                ]
+                layers = [needs[role] for role in roles]
+                loaded[place] = _load(name, teacher, layers, device, dtype)
+            teacher = loaded[place]
         if not isinstance(teacher, nn.Module):
             raise TypeError(
                 f"teachers[{name!r}] is a {type(teacher).__name__}, wanted a module or a path"
@@ -95,20 +110,75 @@ def prepare_teachers(
                 f"teacher {name!r} shares parameters with the student; freezing it would freeze "
                 "the student, make a copy first"
             )
-        _check_image_token(name, teacher, student)
+        check_same_vision(name, teacher, student)
         if getattr(teacher, "hf_device_map", None) is None:
             teacher.to(device)
         prepared[name] = teacher.eval().requires_grad_(False)
-    if unused := sorted(set(teachers) - set(wanted)):
+    share_equal_weights(loaded.values())
+    if unused := sorted(set(teachers) - set(needs)):
         _LOG.warning("no signal uses the teachers %s; they are not loaded", ", ".join(unused))
     return prepared
 
 
-def _check_image_token(name: str, teacher: nn.Module, student: nn.Module) -> None:
-    configs = [getattr(model, "config", None) for model in (teacher, student)]
-    ids = [getattr(config, "image_token_id", None) for config in configs]
-    if ids[0] != ids[1]:
-        raise TokenMismatchError(
-            f"teacher {name!r} has image token {ids[0]} but the student {ids[1]}; both must see "
-            "the same tokens"
-        )
+def _place(path: str | Path) -> str:
+    """What is the same for two names of one checkpoint: the real folder, or the hub name."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else str(path)
+
+
+def _load(
+    name: str,
+    path: str | Path,
+    needs: Sequence[Sequence[LayerSpec] | None],
+    device: torch.device,
+    dtype: str,
+) -> nn.Module:
+    """Load a checkpoint for all its roles."""
+    layers = [layer for role in needs if role is not None for layer in role]
+    try:
+        if not layers or None in needs:
+            model: nn.Module = load_model(path, dtype=dtype)
+        else:
+            model = load_teacher(path, layers, dtype=dtype, device=device)
+    except ValueError as error:
+        raise RecipeError(f"teacher {name!r}: {error}") from error
+    return model
+
+
+# What decides which tokens an image or video becomes, in the configs of the families.
+_VISION_SETTINGS = (
+    "image_token_id", "video_token_id", "image_seq_length", "downsample_ratio",
+    "vision_feature_select_strategy", "image_grid_pinpoints", "vision_aspect_ratio",
+    "vision_config.image_size", "vision_config.patch_size", "vision_config.spatial_merge_size",
+    "vision_config.temporal_patch_size",
+)  # fmt: skip
+
+
+def check_same_vision(name: str, teacher: nn.Module, student: nn.Module) -> None:
+    """Raise unless both models make the same tokens of an image.
+
+    Args:
+        name: The teacher's name, for the message.
+        teacher: A model with a transformers config; one without is not looked at.
+        student: Likewise.
+
+    Raises:
+        TokenMismatchError: A setting that decides over tokens differs; names it and both values.
+    """
+    configs = [getattr(model, "config", None) for model in (student, teacher)]
+    for setting in _VISION_SETTINGS:
+        own, other = (_setting(config, setting) for config in configs)
+        if own != other:
+            raise TokenMismatchError(
+                f"teacher {name!r} has {setting} {other} but the student {own}; both must see the "
+                "same tokens, take models of one family"
+            )
+
+
+def _setting(config: Any, path: str) -> Any:
+    """A value somewhere in a config, None where it is not; 14 and (14, 14) are one size."""
+    for part in path.split("."):
+        config = getattr(config, part, None)
+    if isinstance(config, list | tuple):
+        parts = [tuple(each) if isinstance(each, list) else each for each in config]
+        return parts[0] if len(set(parts)) == 1 else tuple(parts)
+    return config

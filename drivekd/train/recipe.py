@@ -75,6 +75,7 @@ class Recipe:
         distill: Signals and how they are mixed, weighted and joined; none is plain training.
         dtype: dtype of the student's weights.
         teacher_dtype: dtype of the teachers' weights; "auto" is as saved.
+        teacher_device: Where teachers run, such as "cuda:1"; None is the student's device.
         attn_implementation: Attention implementation of the student; None is transformers' choice.
     """
 
@@ -86,6 +87,7 @@ class Recipe:
     distill: DistillConfig = field(default_factory=DistillConfig)
     dtype: DtypeName = "float32"
     teacher_dtype: DtypeName = "auto"
+    teacher_device: str | None = None
     attn_implementation: str | None = None
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import transformers
 from transformers.trainer_utils import get_last_checkpoint
 
 from drivekd.data import Collator, Record, check_records, load_records
-from drivekd.errors import DataError, TokenMismatchError
+from drivekd.errors import DataError, RecipeError, TokenMismatchError
 from drivekd.train.callbacks import JsonlLogger
 from drivekd.train.encoders import build_encoder
 from drivekd.train.models import load_model
@@ -44,8 +44,8 @@ def distill(recipe: Recipe) -> Path:
         DataError: A record is not usable; merely doubtful ones (`drivekd data check` lists
             them) are warnings.
         TokenMismatchError: A teacher's tokenizer is not the student's.
-        RecipeError: A setting does not fit the student's checkpoint.
-        ValueError: A checkpoint, layer or question type does not fit.
+        RecipeError: A setting, checkpoint or layer does not fit.
+        ValueError: A question type does not fit.
         OSError: A checkpoint or file does not exist.
     """
     root = Path(recipe.data.train).parent if recipe.data.root is None else Path(recipe.data.root)
@@ -62,15 +62,14 @@ def distill(recipe: Recipe) -> Path:
     args = transformers.TrainingArguments(**settings)
     # Before the student is made, so that nothing random depends on what was loaded before it.
     transformers.set_seed(args.seed)
-    student = load_model(
-        recipe.student, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation
-    )
+    student = load_student(recipe)
     trainer = DistillTrainer(
         student,
         teachers,
         recipe.distill,
         question_types={record.question_type for record in records},
         teacher_dtype=recipe.teacher_dtype,
+        teacher_device=recipe.teacher_device,
         args=args,
         data_collator=Collator(
             encoder,
@@ -90,6 +89,21 @@ def distill(recipe: Recipe) -> Path:
         _copy_image_settings(Path(recipe.student), folder)
     trainer.accelerator.end_training()  # closes the process group under torchrun
     return folder
+
+
+def load_student(recipe: Recipe) -> Any:
+    """The student of a recipe, on the CPU.
+
+    Raises:
+        RecipeError: The checkpoint lacks weights or is of another kind of model.
+        OSError: There is no such checkpoint.
+    """
+    try:
+        return load_model(
+            recipe.student, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation
+        )
+    except ValueError as error:
+        raise RecipeError(f"student: {error}") from error
 
 
 def check_tokenizer(name: str, path: str | Path, tokenizer: Any) -> None:

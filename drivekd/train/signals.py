@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from drivekd.capture import CapturedAttention, capture_attention
-from drivekd.capture.model import decoder_layers, find_decoder
+from drivekd.capture.model import decoder_depth, find_decoder
 from drivekd.data.collate import Route
+from drivekd.errors import RecipeError, TokenMismatchError
 from drivekd.losses import AttentionMapLoss
 from drivekd.pairing import resolve_layers
 from drivekd.tokens import TokenLayout
@@ -72,7 +73,8 @@ class SignalPlan:
         question_types: The question types of the data.
 
     Raises:
-        ValueError: A layer does not exist, or mixing does not fit the data.
+        RecipeError: A layer does not exist.
+        ValueError: Mixing does not fit the data.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class SignalPlan:
             types = frozenset(mixing[signal.name])
             teacher = teachers[signal.teacher]
             route = f"{first_name[id(teacher)]}({', '.join(sorted(types))})"
-            loss = _attention_loss(signal, student, teacher)
+            loss = attention_loss(signal, student, teacher)
             self.routes[route] = types
             routed[route] = teacher
             layers.setdefault(route, set()).update(() if loss is None else loss.teacher_layers)
@@ -115,14 +117,17 @@ class SignalPlan:
         """Run every teacher on its samples, without gradients.
 
         Args:
-            routes: The batch's routes, on the teachers' device.
+            routes: The batch's routes; copied to the teachers' devices.
 
         Returns:
-            One output for each route.
+            One output for each route, on its teacher's device.
         """
         outputs: dict[str, TeacherOutput] = {}
         for name, route in routes.items():
             forward = self._forwards[name]
+            place = next(forward.teacher.parameters()).device
+            if place.type != "meta":  # weights that accelerate's hooks bring in; they move inputs
+                route = route.to(place, non_blocking=place.type != "cpu")
             inputs = {**route.inputs, "use_cache": False}
             with torch.no_grad():
                 if not forward.layers:
@@ -156,6 +161,9 @@ class SignalPlan:
 
         Returns:
             0-d losses by signal name.
+
+        Raises:
+            TokenMismatchError: A teacher saw other tokens than the student; names the record.
         """
         selected: dict[str, tuple[CapturedAttention | None, TokenLayout]] = {}
         losses: dict[str, Tensor] = {}
@@ -167,13 +175,17 @@ class SignalPlan:
             weight = _sample_weight(signal, batch["question_types"], route.rows.device)
             output = teachers[signal.route]
             if signal.loss is not None:
-                losses[signal.config.name] = signal.loss(student, output.capture, tokens, weight)
+                try:
+                    value = signal.loss(student, output.capture, tokens, weight)
+                except TokenMismatchError as error:
+                    raise _with_record(error, signal, route, batch) from error
+                losses[signal.config.name] = value
                 continue
             if logits is None or output.logits is None:
                 raise ValueError(f"signal {signal.config.name!r} needs logits of both models")
             losses[signal.config.name] = logit_distillation_loss(
                 logits[route.rows],
-                output.logits,
+                output.logits.to(logits.device),
                 batch["labels"][route.rows],
                 temperature=signal.config.temperature,
                 sample_weight=weight,
@@ -182,11 +194,11 @@ class SignalPlan:
 
 
 def depth(model: nn.Module) -> int:
-    """Number of layers of a model's text decoder."""
-    return len(decoder_layers(find_decoder(model)))
+    """Number of layers of the (whole) model's text decoder."""
+    return decoder_depth(find_decoder(model))
 
 
-def _attention_loss(
+def attention_loss(
     signal: SignalConfig, student: nn.Module, teacher: nn.Module
 ) -> AttentionMapLoss | None:
     """The loss of an attention signal with its layers resolved; None for a logits signal."""
@@ -201,7 +213,18 @@ def _attention_loss(
             denominator=signal.denominator,
         )
     except ValueError as error:
-        raise ValueError(f"signal {signal.name!r}: {error}") from error
+        raise RecipeError(f"signal {signal.name!r}: {error}") from error
+
+
+def _with_record(
+    error: TokenMismatchError, signal: Signal, route: Route, batch: Mapping[str, Any]
+) -> TokenMismatchError:
+    """The same error with the names of signal and record."""
+    records = batch.get("record_ids")
+    where = f"signal {signal.config.name!r}"
+    if error.sample is not None and records is not None:
+        where += f", record {records[int(route.rows[error.sample])]!r}"
+    return TokenMismatchError(f"{where}: {error}", error.sample)
 
 
 def _select(

@@ -50,12 +50,14 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
 
     Args:
         student: The model to train.
-        teachers: Models or checkpoint paths by name. They are put on the student's device, in eval
-            mode, without gradients, and are never saved.
+        teachers: Models or checkpoint paths by name. Of a path only what the signals need is
+            loaded (`load_teacher`). They are put on the student's device or `teacher_device`, in
+            eval mode, without gradients, and are never saved.
         config: Signals and how they are mixed, weighted and joined.
         question_types: The question types of the data, for mixing; None reads them from
             `train_dataset`.
         teacher_dtype: dtype of teachers that are loaded, as in `load_model`.
+        teacher_device: Where teachers run, such as "cuda:1"; None is the student's device.
         **trainer_arguments: Those of `transformers.Trainer` but `model`. The data collator must be
             a `drivekd.data.Collator`; its routes are set from `config`.
 
@@ -75,6 +77,7 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         *,
         question_types: Collection[str] | None = None,
         teacher_dtype: str = "auto",
+        teacher_device: str | None = None,
         **trainer_arguments: Any,
     ) -> None:
         if not isinstance(config, DistillConfig):
@@ -88,13 +91,14 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         self.projector: GradientProjector | None = None
         self.reweighting: Reweighting | None = None
         if config.active:
-            self._prepare_signals(teachers, question_types, teacher_dtype)
+            self._prepare_signals(teachers, question_types, teacher_dtype, teacher_device)
 
     def _prepare_signals(
         self,
         teachers: Mapping[str, nn.Module | str | Path],
         question_types: Collection[str] | None,
         teacher_dtype: str,
+        teacher_device: str | None,
     ) -> None:
         config = self.distill_config
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.n_gpu > 1:
@@ -109,9 +113,12 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
                 f"data_collator is a {type(collator).__name__}, wanted drivekd.data.Collator: "
                 "signals need its token layout and routes"
             )
-        wanted = {signal.teacher for signal in config.active}
         ready = prepare_teachers(
-            teachers, wanted, self.model, self.args.device, dtype=teacher_dtype
+            teachers,
+            config.teacher_layers(),
+            self.model,
+            self.args.device if teacher_device is None else torch.device(teacher_device),
+            dtype=teacher_dtype,
         )
         types = _question_types(self.train_dataset) if question_types is None else question_types
         self.plan = SignalPlan(config, self.model, ready, types)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,12 +35,16 @@ def _text_settings(layers: int, hidden: int, heads: int, kv_heads: int) -> dict[
     }
 
 
+# Vectors that start at random numbers, unlike norms and most biases.
+_RANDOM_VECTORS = ("image_newline", "mlp.fc1.bias", "mlp.fc2.bias")
+
+
 def _finish(model: nn.Module, seed: int, std: float = 0.15) -> nn.Module:
     """Weights wide enough for maps that are far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 or name.endswith(_RANDOM_VECTORS):
                 parameter.normal_(std=std, generator=generator)
     return model.eval()
 
@@ -73,6 +78,14 @@ def llama(
     return _finish(transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)), seed)
 
 
+def qwen3(
+    *, layers: int = 4, hidden: int = 64, heads: int = 4, kv_heads: int = 2, seed: int = 0
+) -> Any:
+    """Qwen3ForCausalLM: query and key norms, heads wider than the hidden size over their number."""
+    settings = _text_settings(layers, hidden, heads, kv_heads) | {"head_dim": 24}
+    return _finish(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**settings)), seed)
+
+
 _VISION = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -83,12 +96,18 @@ _VISION = {
 
 
 def internvl(
-    *, layers: int = 4, hidden: int = 64, heads: int = 4, kv_heads: int = 2, seed: int = 0
+    *,
+    layers: int = 4,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    seed: int = 0,
+    text: str = "qwen2",
 ) -> Any:
     """InternVLForConditionalGeneration around Qwen2; four tokens per 56 x 56 image."""
     config = transformers.InternVLConfig(
         vision_config={**_VISION, "image_size": (56, 56), "patch_size": (14, 14)},
-        text_config={"model_type": "qwen2", **_text_settings(layers, hidden, heads, kv_heads)},
+        text_config={"model_type": text, **_text_settings(layers, hidden, heads, kv_heads)},
         image_token_id=IMAGE,
         image_seq_length=IMAGE_TOKENS,
         downsample_ratio=0.5,
@@ -224,7 +243,9 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "qwen2": Family(qwen2, text_inputs),
     "llama": Family(llama, text_inputs),
+    "qwen3": Family(qwen3, text_inputs),
     "internvl": Family(internvl, image_inputs),
+    "internvl3_5": Family(functools.partial(internvl, text="qwen3"), image_inputs),
     "qwen2_5_vl": Family(qwen2_5_vl, qwen_vl_inputs),
     "qwen3_vl": Family(qwen3_vl, qwen_vl_inputs),
     "llava_onevision": Family(llava_onevision, llava_inputs),

@@ -7,7 +7,7 @@ from torch import nn
 
 from drivekd.capture import capture_attention
 from tests.helpers.toy_models import FAMILIES, image_inputs, internvl, qwen2, text_inputs
-from tests.integration.test_capture_contract import Container, run, traces
+from tests.helpers.traces import Container, run, traces
 
 
 def logits(model, inputs):

@@ -608,7 +608,7 @@ def test_mistakes_are_named(make, models, tmp_path):
     with pytest.raises(ValueError, match="question type 'iron', which the data do not have"):
         make(DistillConfig(signals=SIGNALS, mixing={"iron": {"sort": 1}}))
     models["a"].config.image_token_id = 17
-    with pytest.raises(TokenMismatchError, match="teacher 'a' has image token 17"):
+    with pytest.raises(TokenMismatchError, match="teacher 'a' has image_token_id 17"):
         make(config)
     with pytest.raises(TypeError, match="wanted DistillConfig"):
         make({"signals": []})

@@ -104,13 +104,16 @@ def test_nothing_is_read_back(idle, loss, num_vision, padded, packed):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_tensor_holds_a_map_and_the_extra_memory_is_small(idle, loss):
-    """Extra memory against one (H, N, N) float32 tensor of the teacher, at N = 4096."""
+    """Extra memory against one (H, N, N) float32 tensor of the teacher, at N = 4096.
+
+    A chunk holds half the rows of T, of W and, but for mse, of P: 10 bytes a cell of 112.
+    """
     inputs = make_inputs(num_tokens=4096, loss=loss)
     with LiveBytes() as memory:
         _, dq, dk = backend.attention_map_loss(inputs)
     assert memory.largest < 4096 * 4096 * 4
     extra = memory.peak - sum(x.untyped_storage().nbytes() for x in (*dq, *dk))
-    assert extra < 28 * 4096 * 4096 * 4 / 20, extra
+    assert extra < 28 * 4096 * 4096 * 4 / (20 if loss == "mse" else 16), extra
 
 
 def test_teacher_maps_of_overlapping_groups_are_made_once_and_their_room_is_reused(idle):

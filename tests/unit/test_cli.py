@@ -64,7 +64,8 @@ def test_help_says_what_to_try_first_where_outputs_go_and_gives_examples(capsys)
 
 
 @pytest.mark.parametrize(
-    "command", [["demo"], ["distill"], ["data"], ["data", "check"], ["evaluate"], ["doctor"]]
+    "command",
+    [["demo"], ["distill"], ["verify"], ["data"], ["data", "check"], ["evaluate"], ["doctor"]],
 )
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as left:

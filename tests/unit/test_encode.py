@@ -313,6 +313,17 @@ def test_processor_whose_prompt_changes_with_the_answer_is_refused(root):
         encoder(make_record("<image> how many ?", "two cars"))
 
 
+def test_processors_own_image_token_in_a_message_is_refused(root):
+    """Also in an answer, where it would ask for patches that no image gives."""
+    processor = FakeProcessor()
+    processor.image_token, processor.video_token = "<|image_pad|>", "<image>"
+    encoder = ProcessorEncoder(processor, root=root)
+    for encode in (encoder, encoder.encode_prompt):
+        with pytest.raises(DataError, match=r"'q7': a message holds the reserved token '<\|image_"):
+            encode(make_record("<image> how many ?", "two <|image_pad|> cars"))
+    encoder(make_record("<image> how many ?", "two cars"))
+
+
 def test_processor_errors_name_the_record(root):
     encoder = ProcessorEncoder(FakeProcessor(), root=root)
     with pytest.raises(DataError, match=r"'q7'.*gone.png does not exist"):

@@ -158,6 +158,15 @@ def test_segments_are_read_from_jumps_of_the_positions():
     assert shared.segment_ids.tolist() == [[0, 0, 1, 1]] * 2
 
 
+def test_segments_of_multimodal_positions_are_read_from_the_texts_row():
+    text = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])
+    axes = torch.zeros(3, 2, 4, dtype=torch.int64)
+    batch = {"input_ids": IDS, "position_ids": torch.cat([text[None], axes])}
+    assert TokenLayout.from_batch(batch, CONFIG).segment_ids.tolist() == [[0, 0, 1, 1], [0] * 4]
+    with pytest.raises(ValueError, match=r"sample 0, position 2.*drop the attention_mask"):
+        TokenLayout.from_batch(batch | {"attention_mask": torch.ones_like(IDS)}, CONFIG)
+
+
 def test_positions_without_a_jump_are_one_segment():
     batch = {"input_ids": IDS, "position_ids": torch.arange(4).expand(2, 4)}
     assert TokenLayout.from_batch(batch, CONFIG).segment_ids is None

@@ -1,0 +1,155 @@
+"""Teachers given as checkpoints: loaded in part, once, and with the same result as whole ones."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from drivekd.data import Collator
+from drivekd.errors import TokenMismatchError
+from drivekd.train import DistillConfig, DistillTrainer, SignalConfig
+from tests.helpers import toy_data
+from tests.helpers.toy_models import internvl
+
+TYPES = ("sort", "fold", "wash", "sort", "fold", "wash")
+
+
+def signal(name, teacher, layers, region="text_to_vision"):
+    return SignalConfig(
+        name=name, teacher=teacher, student_layers=layers, teacher_layers=layers, region=region
+    )
+
+
+SIGNALS = (
+    signal("sort", "a", "first"),
+    signal("fold", "b", "0..-3", "full"),
+    signal("wash", "c", "penultimate"),
+)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return {"small": internvl(layers=4, seed=2), "large": internvl(layers=6, hidden=96, seed=3)}
+
+
+@pytest.fixture(scope="module")
+def folders(whole, tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    for name, model in whole.items():
+        model.save_pretrained(root / name)
+    return {name: root / name for name in whole}
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(teachers, **options):
+        student = internvl(layers=4, hidden=32, heads=4, kv_heads=2, seed=1)
+        args = TrainingArguments(
+            output_dir=str(tmp_path / "run"),
+            per_device_train_batch_size=3,
+            max_steps=2,
+            learning_rate=0.05,
+            optim="sgd",
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            train_sampling_strategy="sequential",
+        )
+        return DistillTrainer(
+            student,
+            teachers,
+            DistillConfig(signals=SIGNALS),
+            args=args,
+            data_collator=Collator(
+                toy_data.encoder(tmp_path), student.config, pad_token_id=toy_data.PAD
+            ),
+            train_dataset=toy_data.records(tmp_path, TYPES),
+            **options,
+        )
+
+    return make
+
+
+def test_a_student_learns_the_same_from_parts_as_from_whole_models(make, whole, folders):
+    weights = []
+    for source in (whole, folders):
+        models = {name: copy.copy(source[name]) for name in source}
+        teachers = {"a": models["small"], "b": models["large"], "c": models["large"]}
+        trainer = make(teachers)
+        trainer.train()
+        weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_parts_are_as_deep_as_the_signals_read_and_no_deeper(make, folders):
+    trainer = make({"a": folders["small"], "b": folders["large"], "c": str(folders["large"])})
+    held = {
+        route: (len(forward.teacher.language_model.layers), forward.layers)
+        for route, forward in trainer.plan._forwards.items()
+    }
+    assert held == {"a(sort)": (1, (0,)), "b(fold)": (5, (0, 1, 2, 3)), "b(wash)": (5, (4,))}
+    teachers = {id(forward.teacher) for forward in trainer.plan._forwards.values()}
+    assert len(teachers) == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("image_token_id", 7, "image_token_id 7 but the student 300"),
+        ("image_seq_length", 16, "image_seq_length 16 but the student 4"),
+        ("downsample_ratio", 0.25, "downsample_ratio 0.25 but the student 0.5"),
+        ("vision_config.patch_size", (28, 28), "vision_config.patch_size 28 but the student 14"),
+        ("vision_config.image_size", [56, 28], r"image_size \(56, 28\) but the student 56"),
+    ],
+)
+def test_a_teacher_that_makes_other_tokens_of_an_image_is_refused(
+    make, whole, setting, value, message
+):
+    teacher = copy.deepcopy(whole["small"])
+    place, _, name = setting.rpartition(".")
+    setattr(teacher.config.vision_config if place else teacher.config, name, value)
+    teachers = {"a": teacher, "b": whole["large"], "c": whole["large"]}
+    with pytest.raises(TokenMismatchError, match=f"teacher 'a' has .*{message}"):
+        make(teachers)
+
+
+def test_place_of_teachers(make, folders):
+    teachers = {"a": folders["small"], "b": folders["large"], "c": folders["large"]}
+    trainer = make(teachers, teacher_device="cpu")
+    for forward in trainer.plan._forwards.values():
+        assert {p.device.type for p in forward.teacher.parameters()} == {"cpu"}
+    with pytest.raises(RuntimeError, match="device type"):
+        make(teachers, teacher_device="moon")
+
+
+@pytest.mark.gpu
+def test_teachers_on_the_host_and_a_student_on_a_gpu(make, folders):
+    trainer = make({"a": folders["small"], "b": folders["large"], "c": folders["large"]})
+    routes = trainer.data_collator([trainer.train_dataset[0]])["routes"]
+    outputs = trainer.plan.run_teachers({name: r.to("cuda") for name, r in routes.items()})
+    assert {o.capture[o.capture.layers[0]].query.device.type for o in outputs.values()} == {"cpu"}
+
+
+def test_a_mismatch_names_signal_and_record(make, whole, monkeypatch):
+    trainer = make({"a": whole["small"], "b": whole["large"], "c": whole["large"]})
+    run = trainer.plan.run_teachers
+
+    def tampered(routes):
+        changed = {}
+        for name, route in routes.items():
+            ids = route.inputs["input_ids"].clone()
+            ids[-1, 0] += 1
+            inputs = {**route.inputs, "input_ids": ids}
+            changed[name] = dataclasses.replace(route, inputs=inputs)
+        return run(changed)
+
+    monkeypatch.setattr(trainer.plan, "run_teachers", tampered)
+    record = trainer.train_dataset[0]
+    assert record.question_type == "sort"
+    match = f"signal 'sort', record '{record.id}': student and teacher saw different tokens"
+    with pytest.raises(TokenMismatchError, match=match):
+        trainer.train()
