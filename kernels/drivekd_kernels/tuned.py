@@ -51,7 +51,9 @@ _BF16_90: _Table = {
     "lse": ("128x128w8s2", "256x64w8s2", "128x64w4s2"),
     "map": ("64x256w4s2p1x2", "64x256w4s3p1x4", "64x64w4s2"),
     "map_log": ("64x64w4s2", "64x64w4s2", "64x64w4s2"),
+    "map_region": ("64x128w4s2p1x2", "64x128w4s2p1x2", "64x64w4s2"),
     "mse": ("64x192w4s2p1x3", "64x256w4s2p1x4", "64x64w4s2"),
+    "mse_region": ("64x128w4s2p1x2", "64x128w4s2p1x2", "64x64w4s2"),
     "delta": ("64x64w4s3p16", "128x64w4s2p16", "64x64w4s3p16"),
     "dq": ("64x64w4s2p16", "64x64w4s2p16", "64x64w8s2p16"),
     "dk": ("64x128w4s2p1x2", "64x64w4s2", "128x32w8s2"),
@@ -86,6 +88,12 @@ _FP32: _Table = {
     "dq": ("32x32w4s2", "16x16w4s1", "16x32w4s1"),
     "dk": ("32x32w4s2", "16x16w4s1", "32x16w4s1"),
 }
+_BF16_100: _Table = {
+    **_BF16_90,
+    "map": ("64x128w4s2", "64x128w4s2", "64x64w4s2"),
+    "mse": ("64x128w4s2", "64x128w4s2", "64x64w4s2"),
+    "dk": ("64x64w4s2", "64x64w4s2", "128x32w8s2"),
+}
 TILES: dict[tuple[int, str], _Table] = {
     (80, "bfloat16"): _BF16_80,
     (80, "float16"): _FP16_80,
@@ -93,8 +101,8 @@ TILES: dict[tuple[int, str], _Table] = {
     (90, "bfloat16"): _BF16_90,
     (90, "float16"): _FP16_90,
     (90, "float32"): _FP32,
-    (100, "bfloat16"): _BF16_90,
-    (100, "float16"): _FP16_90,
+    (100, "bfloat16"): _BF16_100,
+    (100, "float16"): {**_FP16_90, "map": _BF16_100["map"], "mse": _BF16_100["mse"]},
     (100, "float32"): _FP32,
 }
 ONE_PASS_DIM = 128  # of dq: wider heads leave no registers for its second sum

@@ -39,6 +39,7 @@ CASES = [
     (100, "bf16", 64, "mse", "full"),
 ]
 SLOW = [
+    *((100, dtype, 64, "mse", "full") for dtype in ("fp16", "fp32")),
     *((80, dtype, D, "mse", "full") for dtype in ("fp16", "fp32") for D in HEADS),
     (90, "bf16", 128, "mse", "text_to_vision"),
     *((90, "bf16", D, "kl", "full") for D in (64, 128)),
@@ -111,32 +112,32 @@ def test_tiles_of_gradients_lie_within_tiles_of_maps(key, column):
             assert MAP_KEYS % (each.k // each.parts) == 0
 
 
-# What is not good yet: bytes of stack by case and pass. One table of tiles serves sm_80 too, whose
-# products leave fewer registers; of dk at D = 256 no tile tried does without; maps in logs hold two
-# accumulators.
-KNOWN_SPILLS = {
-    "90-bf16-128-mse-text_to_vision": {"dq": 192, "dk": 40},
-    "90-bf16-256-mse-full": {"dk": 168},
-    "90-fp16-256-mse-full": {"dk": 232},
-    "90-bf16-64-kl-full": {"map": 224},
-    "90-bf16-128-kl-full": {"map": 336},
-    "80-bf16-64-mse-full": {"dq": 16},
-    "80-bf16-128-mse-full": {"map": 88},
-    "80-bf16-256-mse-full": {"dq": 104, "dk": 176},
-    "80-fp16-64-mse-full": {"dq": 96},
-    "80-fp16-128-mse-full": {"dk": 56},
-    "80-fp16-256-mse-full": {"dq": 264, "dk": 288},
-    "80-fp32-256-mse-full": {"mse": 40},
+# Outside the loops over tiles a few values may be parked: a store and a load a program.
+PARKED = 32
+# What is not good yet: bytes of stack by case and pass.
+KNOWN_SPILLS = {"90-fp16-256-mse-full": {"dk": 72}, "100-fp32-64-mse-full": {"dq": 8}}
+# No warpgroup product is shorter than 64: passes whose tiles of 64 rows and keys would spill.
+KNOWN_HMMA = {
+    "90-bf16-256-mse-full": {"dk"},
+    "90-fp16-128-mse-full": {"dk"},
+    "90-fp16-256-mse-full": {"dk"},
+    "90-bf16-128-kl-full": {"dk"},
 }
-KNOWN_EXP2 = {"90-bf16-64-kl-full": {"dk": 1.34}}
+# Eight warps on 64 rows: two make the same scores. Of dk, masks of logarithms.
+KNOWN_EXP2 = {
+    "90-bf16-64-kl-full": {"dk": 1.34},
+    "90-bf16-256-mse-full": {"dq": 2.0},
+    "90-fp16-256-mse-full": {"dq": 2.0},
+}
 
 
 @parametrize()
 def test_no_register_spills(case):
     spills = [
-        f"{named(launch, one)}: {one.stack} bytes of stack"
+        f"{named(launch, one)}: {one.stack} bytes of stack, {one.spills} accesses in loops"
         for launch, one in binaries(case)
-        if one.stack > KNOWN_SPILLS.get(show(case), {}).get(launch.name, 0)
+        if one.stack > max(PARKED, KNOWN_SPILLS.get(show(case), {}).get(launch.name, 0))
+        or (one.stack and one.spills and launch.name not in KNOWN_SPILLS.get(show(case), {}))
     ]
     assert not spills, "\n" + "\n".join(spills)
 
@@ -155,7 +156,8 @@ def test_products_of_16_bit_inputs_use_warpgroup_instructions(case):
         if one.main is not None:
             counts = one.main.mix.counts
             assert counts["HGMMA"] > 0, f"{named(launch, one)}: no HGMMA in the main loop"
-            assert counts["HMMA"] == 0, f"{named(launch, one)}: {counts['HMMA']} HMMA"
+            if launch.name not in KNOWN_HMMA.get(show(case), ()):
+                assert counts["HMMA"] == 0, f"{named(launch, one)}: {counts['HMMA']} HMMA"
 
 
 @parametrize(disassembled)
