@@ -21,6 +21,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", action="append", help="a name or a part of it; default: all")
     parser.add_argument("--lse", action="store_true", help="log-sum-exps come from flash forwards")
     parser.add_argument("--json", type=Path, help="write everything to a file")
+    parser.add_argument(
+        "--readme", action="store_true", help="put a table into benchmarks/README.md"
+    )
     parser.add_argument("--explain", action="store_true", help="print the model and stop")
     group = parser.add_argument_group("sweep")
     group.add_argument("--sweep", nargs=2, metavar=("PASS", "D"), help="rank tiles of one pass")
@@ -52,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         print(report.show(results[-1]) + "\n", flush=True)
     print(report.summary(results))
+    if chosen.readme:
+        report.put_into(Path(__file__).parents[1] / "README.md", results)
     if chosen.json:
         content = {
             "constants": model.constants(chosen.arch),

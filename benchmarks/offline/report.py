@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,6 +185,42 @@ def show(result: Report) -> str:
         f"graph {result.total_ms('graph'):.3f} ms"
     )
     return "\n".join(lines)
+
+
+_MARKS = ("<!-- predictions: begin -->", "<!-- predictions: end -->")
+_ORDER = ("lse teacher", "lse student", "map teacher", "mse", "dq", "dk")
+
+
+def markdown(results: list[Report]) -> str:
+    """A table: what a call takes, and each pass as a multiple of its floor."""
+    head = ["shape", "kernels, ms", "floor, ms", "ratio", "in a graph, ms", *_ORDER]
+    rows = [head, ["---"] * len(head)]
+    for each in results:
+        passes = {one.name: one for one in each.passes}
+        ratios = [
+            f"{passes[name].ms / passes[name].floor_ms:.2f}" if name in passes else ""
+            for name in _ORDER
+        ]
+        rows.append(
+            [
+                each.shape,
+                f"{each.kernel_ms:.3f}",
+                f"{each.floor_ms:.3f}",
+                f"{each.kernel_ms / each.floor_ms:.2f}",
+                f"{each.total_ms('graph'):.3f}",
+                *ratios,
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def put_into(page: Path, results: list[Report]) -> None:
+    """Replace the table between the page's marks."""
+    begin, end = _MARKS
+    text = page.read_text()
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    page.write_text(f"{before}{begin}\n{markdown(results)}\n{end}{after}")
 
 
 def summary(results: list[Report]) -> str:

@@ -26,7 +26,9 @@ from drivekd_kernels.tuned import ONE_PASS_DIM, ROW_TILES, Tiles, tiles
 LOG2E = 1 / math.log(2)
 MAP_ALIGN = 16  # elements; rows of workspaces start at multiples of it
 MAP_ROWS, MAP_KEYS = 128, 128  # workspaces hold whole tiles of so many slots and keys
-DK_PROGRAMS = 528  # wanted of dk: two waves of two a multiprocessor
+DK_PROGRAMS = (
+    2112  # wanted of dk: eight waves of two a multiprocessor, so that the last costs little
+)
 MAX_SPLITS = 8
 RESIDENT = 2  # programs that a multiprocessor holds at once
 MIN_SHARE = 0.93  # of a tile's rows that hold something when query heads are packed

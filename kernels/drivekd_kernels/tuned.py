@@ -49,10 +49,10 @@ DIMS = (64, 128, 256)
 _Table = dict[str, tuple[str, str, str]]
 _BF16_90: _Table = {
     "lse": ("128x128w8s2", "256x64w8s2", "128x64w4s2"),
-    "map": ("64x256w4s2p1x2", "64x256w4s3p1x4", "64x64w4s2"),
+    "map": ("64x256w4s2p1x2", "64x256w4s2p1x2", "64x64w4s2"),
     "map_log": ("64x64w4s2", "64x64w4s2", "64x64w4s2"),
     "map_region": ("64x128w4s2p1x2", "64x128w4s2p1x2", "64x64w4s2"),
-    "mse": ("64x192w4s2p1x3", "64x256w4s2p1x4", "64x64w4s2"),
+    "mse": ("64x192w4s2p1x3", "64x256w4s2p1x2", "64x64w4s2"),
     "mse_region": ("64x128w4s2p1x2", "64x128w4s2p1x2", "64x64w4s2"),
     "delta": ("64x64w4s3p16", "128x64w4s2p16", "64x64w4s3p16"),
     "dq": ("64x64w4s2p16", "64x64w4s2p16", "64x64w8s2p16"),
