@@ -30,6 +30,7 @@ POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.int8: "*i8",
+    torch.uint8: "*u8",
 }
 
 
@@ -121,7 +122,8 @@ class Call:
     launches: list[Launch]
     tokens: Tokens
     pair: Pair
-    other_ops: int  # torch operations beside them that run something on the device
+    about_tokens: list[Launch]  # the kernel that makes the vectors about tokens
+    other_ops: int  # that, and torch operations, that run something on the device
 
 
 def record(
@@ -156,7 +158,9 @@ def record(
     with _architecture(arch), recorded() as launches, _Counter() as counter:
         backend.attention_map_loss(inputs)
     tokens = kernel_tokens(_layout(pair, torch.device("cpu")), None, compact=True)
-    return Call(launches, tokens, pair, counter.count)
+    about_tokens = [launch for launch in launches if launch.name == "tokens"]
+    passes = [launch for launch in launches if launch.name != "tokens"]
+    return Call(passes, tokens, pair, about_tokens, counter.count + len(about_tokens))
 
 
 class _Counter(TorchDispatchMode):

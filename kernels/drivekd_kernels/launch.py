@@ -20,6 +20,7 @@ from drivekd_kernels import (
     attention_lse,
     attention_map,
     attention_rows,
+    attention_tokens,
 )
 from drivekd_kernels.tuned import ONE_PASS_DIM, ROW_TILES, Tiles, tiles
 
@@ -30,6 +31,7 @@ DK_PROGRAMS = (
     2112  # wanted of dk: eight waves of two a multiprocessor, so that the last costs little
 )
 MAX_SPLITS = 8
+TOKEN_BLOCK = 2048  # tokens that `tokens` looks at in one step
 RESIDENT = 2  # programs that a multiprocessor holds at once
 MIN_SHARE = 0.93  # of a tile's rows that hold something when query heads are packed
 MAX_MAPS = 62  # bits of the two words that name the members of a group
@@ -112,11 +114,78 @@ class Group:
         return bits & (2**31 - 1), bits >> 31
 
 
+def tokens(
+    shape: tuple[int, int],
+    device: torch.device,
+    *,
+    valid: Tensor | None,
+    is_text: Tensor | None,
+    is_vision: Tensor | None,
+    causal: bool,
+    window: int | None,
+    listed: bool,
+) -> Tokens:
+    """What tokens see under one window, every sample being one segment.
+
+    Args:
+        shape: B and N.
+        device: of the result.
+        valid: (B, N) bool, tokens that are no padding; None: all.
+        is_text: (B, N) bool, rows of the region; None: all.
+        is_vision: (B, N) bool, keys of the region; None: all, and no list of them.
+        causal: whether keys behind a token are hidden.
+        window: keys less than so many tokens away are seen; None: no bound.
+        listed: whether to list the region's rows.
+    """
+    B, N = shape
+
+    def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    region = is_vision is not None
+    result = Tokens(
+        first=empty(B, N),
+        last=empty(B, N),
+        row_first=empty(B, N),
+        row_last=empty(B, N),
+        tags=None if valid is None else empty(B, N),
+        rows=empty(B, N) if listed else None,
+        slots=empty(B, N + 1) if listed else None,
+        num_rows=empty(B) if listed else None,
+        vision=empty(B, N, dtype=torch.int8) if region else None,
+        before=empty(B, N + 1) if region else None,
+    )
+    masks = [
+        None if mask is None else mask.contiguous().view(torch.uint8)
+        for mask in (valid, is_text, is_vision)
+    ]
+    with _on(result.first):
+        attention_tokens.tokens_kernel[(B,)](
+            *masks,
+            result.first,
+            result.last,
+            result.row_first,
+            result.row_last,
+            result.tags,
+            result.rows,
+            result.slots,
+            result.num_rows,
+            result.vision,
+            result.before,
+            N,
+            N if window is None else min(window, N),
+            CAUSAL=causal,
+            BLOCK=TOKEN_BLOCK,
+            num_warps=8,
+        )
+    return result
+
+
 def lse(query: Tensor, key: Tensor, scale: float, tokens: Tokens) -> Tensor:
     """Base-2 log-sum-exp (B, H, N) float32 of the rows of the region; other rows undefined."""
     B, H, N, _ = query.shape
     lse2 = query.new_empty((B, H, N), dtype=torch.float32)
-    meta, tile = _meta("lse", query, key)
+    meta, tile = _meta("lse", query, key, region=tokens.vision is not None)
     grid = (H, _ceil(N, tile.q), B)
     with _on(query):
         attention_lse.lse_kernel[grid](

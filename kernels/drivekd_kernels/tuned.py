@@ -48,7 +48,8 @@ ROW_TILES = Tiles(16, 128, 4, 1)
 DIMS = (64, 128, 256)
 _Table = dict[str, tuple[str, str, str]]
 _BF16_90: _Table = {
-    "lse": ("128x128w8s2", "256x64w8s2", "128x64w4s2"),
+    "lse": ("128x128w8s2", "128x128w8s2", "128x64w4s2"),
+    "lse_region": ("64x128w4s2", "128x128w8s2", "128x64w4s2"),
     "map": ("64x256w4s2p1x2", "64x256w4s2p1x2", "64x64w4s2"),
     "map_log": ("64x64w4s2", "64x64w4s2", "64x64w4s2"),
     "map_region": ("64x128w4s2p1x2", "64x128w4s2p1x2", "64x64w4s2"),
@@ -58,6 +59,7 @@ _BF16_90: _Table = {
     "dq": ("64x64w4s2p16", "64x64w4s2p16", "64x64w8s2p16"),
     "dk": ("64x128w4s2p1x2", "64x64w4s2", "128x32w8s2"),
     "dk_log": ("64x64w4s2", "32x64w4s2", "128x32w8s2"),
+    "dk_region": ("64x64w4s2", "64x64w4s2", "128x32w8s2"),
 }
 _BF16_80: _Table = {
     "lse": ("64x128w4s2", "64x64w4s2", "64x64w4s2"),
@@ -79,6 +81,7 @@ _FP16_90: _Table = {
     "dq": ("64x64w4s2p16", "64x32w4s2p16", "64x32w8s2p16"),
     "dk": ("64x64w4s2", "64x32w4s2", "128x32w8s2"),
     "dk_log": ("64x32w4s2", "32x64w4s2", "32x32w4s2"),
+    "dk_region": ("64x64w4s2", "64x32w4s2", "128x32w8s2"),
 }
 _FP32: _Table = {
     "lse": ("16x32w4s2", "16x16w4s1", "16x32w4s1"),

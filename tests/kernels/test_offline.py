@@ -182,6 +182,12 @@ def test_a_pass_can_be_written_as_json():
     assert row["registers"] == one.registers
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_the_kernel_about_tokens_compiles_without_spills(arch):
+    (launch,) = record(GPU_PAIRS["internvl3-1b-from-8b/t2v-1"]).about_tokens
+    assert compile_launch(launch, arch).stack == 0
+
+
 def test_recording_restores_the_launcher():
     original = JITFunction.run
     with pytest.raises(RuntimeError), recorded():

@@ -106,14 +106,15 @@ def test_nothing_is_read_back(idle, loss, num_vision, padded, packed):
 def test_no_tensor_holds_a_map_and_the_extra_memory_is_small(idle, loss):
     """Extra memory against one (H, N, N) float32 tensor of the teacher, at N = 4096.
 
-    A chunk holds half the rows of T, of W and, but for mse, of P: 10 bytes a cell of 112.
+    A chunk holds half the rows of T, of W and, but for mse, of P: 4 bytes each a cell, of 112.
+    The rest is planes of dk.
     """
     inputs = make_inputs(num_tokens=4096, loss=loss)
     with LiveBytes() as memory:
         _, dq, dk = backend.attention_map_loss(inputs)
     assert memory.largest < 4096 * 4096 * 4
     extra = memory.peak - sum(x.untyped_storage().nbytes() for x in (*dq, *dk))
-    assert extra < 28 * 4096 * 4096 * 4 / (20 if loss == "mse" else 16), extra
+    assert extra < 28 * 4096 * 4096 * 4 / (20 if loss == "mse" else 14), extra
 
 
 def test_teacher_maps_of_overlapping_groups_are_made_once_and_their_room_is_reused(idle):
@@ -136,7 +137,9 @@ def test_gradients_that_nobody_wants_are_not_computed(idle):
     inputs = replace(make_inputs(), needs_dq=(False,), needs_dk=(False,))
     _, dq, dk = backend.attention_map_loss(inputs)
     assert dq == [None] and dk == [None]
-    assert {each[0].__name__ for each in idle} == {"lse_kernel", "map_kernel", "mse_kernel"}
+    assert {each[0].__name__ for each in idle} == {
+        "tokens_kernel", "lse_kernel", "map_kernel", "mse_kernel",
+    }  # fmt: skip
 
 
 def launched(idle, call):

@@ -1,6 +1,9 @@
 """A layout as the kernels want it: int32 vectors about tokens, made without a sync."""
 
+import os
+
 import torch
+from drivekd_kernels import launch
 from drivekd_kernels.launch import Tokens
 from torch import Tensor
 
@@ -16,6 +19,17 @@ def kernel_tokens(layout: AttentionLayout, window: int | None, *, compact: bool)
         compact: list the region's rows and count them, where not every token is one.
     """
     B, N = layout.batch_size, layout.num_tokens
+    if layout.segment_ids is None and _can_launch(layout.device):
+        return launch.tokens(
+            (B, N),
+            layout.device,
+            valid=layout.valid,
+            is_text=layout.is_text,
+            is_vision=layout.is_vision,
+            causal=layout.causal,
+            window=window,
+            listed=compact and layout.region_rows is not None,
+        )
     position = torch.arange(N, device=layout.device).expand(B, N)
     ranks, valid = layout.segment_ranks(), layout.valid
     begin, end, tags = torch.zeros_like(position), torch.full_like(position, N - 1), None
@@ -48,6 +62,11 @@ def kernel_tokens(layout: AttentionLayout, window: int | None, *, compact: bool)
         vision=vision,
         before=before,
     )
+
+
+def _can_launch(device: torch.device) -> bool:
+    """Whether kernels run there; on other devices the kernels' work is only counted."""
+    return device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _segments(
