@@ -115,7 +115,11 @@ def test_tiles_of_gradients_lie_within_tiles_of_maps(key, column):
 # Outside the loops over tiles a few values may be parked: a store and a load a program.
 PARKED = 64
 # What is not good yet: bytes of stack by case and pass.
-KNOWN_SPILLS = {"90-fp16-256-mse-full": {"dk": 72}, "100-fp32-64-mse-full": {"dq": 8}}
+KNOWN_SPILLS = {
+    "90-bf16-128-mse-full": {"map": 48},  # one reload a head, of these head counts only
+    "90-fp16-256-mse-full": {"dk": 72},
+    "100-fp32-64-mse-full": {"dq": 8},
+}
 # No warpgroup product is shorter than 64: passes whose tiles of 64 rows and keys would spill.
 KNOWN_HMMA = {
     "90-bf16-256-mse-full": {"dk"},
