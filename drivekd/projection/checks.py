@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 # Attributes that engines leave on the parameters they take over.
@@ -27,13 +28,32 @@ class Scaler(Protocol):
         ...
 
 
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor, without importing what makes them."""
+    return _is_a(tensor, "DTensor")
+
+
+def _is_a(thing: object, name: str) -> bool:
+    return any(kind.__name__ == name for kind in type(thing).__mro__)
+
+
 def check_parameters(parameters: object) -> list[Tensor]:
     """The parameters, each once."""
+    advice = "for FSDP2 (fully_shard) give the model itself as parameters"
+    is_fsdp = False
     if isinstance(parameters, nn.Module):
-        raise TypeError("parameters must be tensors, got a Module; pass module.parameters()")
+        if _is_a(parameters, "DeepSpeedEngine"):
+            raise NotImplementedError(
+                "parameters is a DeepSpeedEngine, which keeps gradients of its own; train with "
+                "DistributedDataParallel or FSDP2"
+            )
+        is_fsdp = any(_is_a(module, "FSDPModule") for module in parameters.modules())
+        advice = "the model has no FSDP2 module (fully_shard)"
+        parameters = parameters.parameters()
     if isinstance(parameters, Tensor | Mapping | str) or not isinstance(parameters, Iterable):
         raise TypeError(
-            f"parameters must be an iterable of tensors, got {type(parameters).__name__}"
+            f"parameters must be a module or an iterable of tensors, got "
+            f"{type(parameters).__name__}"
         )
     unique: dict[int, Tensor] = {}
     for position, parameter in enumerate(parameters):
@@ -46,6 +66,11 @@ def check_parameters(parameters: object) -> list[Tensor]:
         if not parameter.is_leaf:
             raise ValueError(f"{name} is no leaf: it has no .grad to add to")
         if parameter.requires_grad or parameter.is_floating_point():
+            if is_dtensor(parameter) and not is_fsdp:
+                raise NotImplementedError(
+                    f"{name} is a DTensor; {advice}. Tensor, context and expert parallel engines "
+                    "are not supported: gradients there are parts of sums that only they know"
+                )
             check_engine(name, parameter)
             unique[id(parameter)] = parameter
     if not unique:
@@ -55,29 +80,29 @@ def check_parameters(parameters: object) -> list[Tensor]:
 
 def check_engine(name: str, parameter: Tensor) -> None:
     """Refuse parameters whose gradients are not in `.grad`, or only in part."""
-    if any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__):
-        raise NotImplementedError(
-            f"{name} is a DTensor (FSDP2, tensor or context parallel); inner products of shards "
-            "are partial sums. Use gradient_gram on local shards and all-reduce its values"
-        )
     for attribute, engine in _ENGINES.items():
         if getattr(parameter, attribute, None) not in (None, False):
             raise NotImplementedError(
-                f"{name} belongs to {engine}, which keeps gradients of its own; train without it"
+                f"{name} belongs to {engine}, which keeps gradients of its own; train with "
+                "DistributedDataParallel or FSDP2"
             )
 
 
-def check_losses(losses: object) -> dict[str, Tensor]:
+def check_losses(losses: object, *, may_be_empty: bool = False) -> dict[str, Tensor]:
     """The losses by name: scalars with a graph."""
     if not isinstance(losses, Mapping):
         raise TypeError(f"losses must map names to tensors, got {type(losses).__name__}")
-    if not losses:
+    if not losses and not may_be_empty:
         raise ValueError("losses is empty; give at least one loss")
     for name, loss in losses.items():
         if not isinstance(name, str):
             raise TypeError(f"losses has the key {name!r}; names are strings")
         if not isinstance(loss, Tensor):
             raise TypeError(f"losses[{name!r}] must be a tensor, got {type(loss).__name__}")
+        if is_dtensor(loss):
+            raise NotImplementedError(
+                f"losses[{name!r}] is a DTensor: tensor parallel losses are not supported"
+            )
         if loss.numel() != 1:
             raise ValueError(
                 f"losses[{name!r}] has shape {tuple(loss.shape)}; wanted a scalar, reduce it first"
@@ -89,9 +114,9 @@ def check_losses(losses: object) -> dict[str, Tensor]:
             )
         if _expects_ddp_sync(loss):
             raise NotImplementedError(
-                f"losses[{name!r}] comes from DistributedDataParallel, whose reduction does not "
-                "see these gradients; run forward and this call under no_sync() and reduce .grad "
-                "yourself, or reduce the task gradients before gradient_gram"
+                f"losses[{name!r}] comes from DistributedDataParallel with find_unused_parameters "
+                "or static_graph, which waits for a reduction of its own; run the forward and this "
+                "call under its no_sync(): the projector averages the gradients"
             )
     return dict(losses)
 
@@ -142,6 +167,15 @@ def check_positive(name: str, value: object) -> float:
     if not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name} is {value}; wanted a finite number above 0")
     return float(value)
+
+
+def check_group(group: object) -> None:
+    """Refuse what is no process group."""
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "process_group must be a torch.distributed.ProcessGroup or None, got "
+            f"{type(group).__name__}; of a DeviceMesh give mesh.get_group()"
+        )
 
 
 def check_scaler(scaler: object) -> None:

@@ -1,13 +1,14 @@
 """`GradientProjector`: backward for several losses at once."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from drivekd.functional.gradient import GradientGram, combine_gradients, gradient_gram
+from drivekd.functional.gradient import GradientGram
 from drivekd.functional.projection import (
     ANCHORED_METHODS,
     METHODS,
@@ -17,9 +18,10 @@ from drivekd.functional.projection import (
     check_choice,
     projection_weights,
 )
+from drivekd.projection.agreement import Statement
 from drivekd.projection.checks import (
     Scaler,
-    check_engine,
+    check_group,
     check_losses,
     check_parameters,
     check_positive,
@@ -27,23 +29,14 @@ from drivekd.projection.checks import (
     check_weights,
     scale_of,
 )
+from drivekd.projection.engines import make_engine
+from drivekd.projection.local import LocalGradients
+from drivekd.projection.pending import Pending, Weights
 from drivekd.projection.report import ProjectionReport, make_report
 from drivekd.reweighting import LossObserver, Reweighting
 
-Weights = Mapping[str, float | Tensor] | Reweighting
-
 # torch.nn.utils.clip_grad_norm_ divides by the norm plus this.
 _CLIP_EPSILON = 1e-6
-
-
-@dataclass
-class _Pending:
-    """What `every="step"` keeps between micro-batches: one gradient list per loss."""
-
-    grads: dict[str, list[Tensor | None]] = field(default_factory=dict)
-    weights: dict[str, float | Tensor] | Reweighting | None = None
-    scaler: Scaler | None = None
-    started: bool = False
 
 
 class GradientProjector:
@@ -53,39 +46,50 @@ class GradientProjector:
     accumulation stay as they are.
 
     Args:
-        parameters: The parameters to differentiate for, e.g. `model.parameters()`. A tied
+        parameters: The parameters to differentiate for: the model, or `model.parameters()`. A tied
             parameter counts once; one that does not require grad at the time of a call is left
-            alone.
+            alone. FSDP2 (`fully_shard`) needs the model.
         method: "agp" (see `agp_weights`), "stage1" or "stage2" (one stage of it), "pcgrad" (see
             `pcgrad_weights`) or "none", the plain weighted sum.
         anchor: Name of the loss that AGP projects the others off, and of the reweighting's anchor.
         missing: What an absent gradient is to AGP, see `agp_weights`.
         ce_multiplicity: How often AGP counts the anchor, see `agp_weights`. "official" counts it
             once per other loss: compare with a plain sum at that many times the other weights.
-        seed: Of the generator that draws the order of every projection. Give all ranks the same.
+        seed: Of the generator that draws the order of every projection, the same on all ranks.
         every: "microbatch" projects in every `backward`. "step" adds up each loss's gradients over
             several `backward` calls and projects in `step`.
         max_norm: Bound of the update's norm, as `clip_grad_norm_` would apply it, at no extra pass.
             Only with `every="step"`; elsewhere .grad is not final yet.
+        process_group: The ranks over which gradients are averaged; None is the default group, or
+            FSDP2's, where there is one. A rank that trains alone gives a group of its own.
 
     Raises:
         TypeError: An argument is of the wrong kind.
         ValueError: An argument has no legal value; `max_norm` with `every="microbatch"`.
-        NotImplementedError: DTensor parameters (FSDP2, tensor or context parallel), FSDP1,
-            DeepSpeed ZeRO.
+        NotImplementedError: Tensor, context and expert parallel parameters, FSDP1, DeepSpeed ZeRO.
 
     Note:
         Each loss is differentiated by its own `torch.autograd.grad`, the anchor last; the last one
         frees the graph. Tensor hooks on parameters run once per loss, post-accumulate-grad hooks
-        never. With `every="microbatch"` at most K + 1 buffers of the parameters' size are alive:
-        the K gradients and `.grad`. Nothing is read back to the host.
+        never. At most K + 1 buffers of the parameters' size are alive: the K gradients and `.grad`
+        (with `every="step"` K sums and one fresh gradient, if `.grad` is None until `step`).
+        Nothing is read back to the host. A graph compiled with donated buffers refuses
+        `retain_graph`: set `torch._functorch.config.donated_buffer = False`.
 
-        Distributed data parallel: its reduction hooks see nothing of this, so every rank would
-        train alone. DDP with find_unused_parameters or static_graph is refused; plain DDP cannot be
-        told from a single process. Run forward and `backward` under its `no_sync()`, and all-reduce
-        `.grad` afterwards, or better reduce the K gradients before the Gram matrix. A graph
-        compiled with donated buffers refuses `retain_graph`: set
-        `torch._functorch.config.donated_buffer = False`.
+        Several ranks: the K gradients are averaged (`DistributedDataParallel`'s mean; a loss that a
+        rank does not give is zero there) and then projected, so that ranks are one large batch,
+        and norms, `max_norm`, reweighting and report are those of all ranks, the same on each. The
+        ranks first compare seed, settings and losses, which reads back a few hundred bytes, and
+        all raise where they do not agree. Every rank calls `backward` (with `{}` if it has no
+        loss) and `step`; losses are then in the order of their names.
+
+        - DDP: reduce-scatter of the K gradients, one small all-reduce, all-gather of the update:
+          at most (K + 1) / 2 all-reduces, in every `backward` or, with `every="step"`, in `step`
+          alone. DDP's own reduction and its communication hooks have no part in this. With
+          find_unused_parameters or static_graph, run forward and `backward` under its `no_sync()`.
+        - FSDP2: one `.backward()` per loss, one small all-reduce. Parameters are gathered once and
+          stay whole until all losses are done; gradients stay sharded. All ranks must give the
+          same losses. Leaf tensors outside `parameters` also get gradients.
 
     Example:
         >>> import torch
@@ -101,7 +105,7 @@ class GradientProjector:
 
     def __init__(
         self,
-        parameters: Iterable[Tensor],
+        parameters: Iterable[Tensor] | nn.Module,
         *,
         method: Method = "agp",
         anchor: str = "ce",
@@ -110,8 +114,10 @@ class GradientProjector:
         seed: int = 0,
         every: Literal["microbatch", "step"] = "microbatch",
         max_norm: float | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self._parameters = check_parameters(parameters)
+        self._module = parameters if isinstance(parameters, nn.Module) else None
         check_choice("method", method, METHODS)
         check_choice("missing", missing, ("zero", "official"))
         check_choice("ce_multiplicity", ce_multiplicity, ("official", "once"))
@@ -128,14 +134,19 @@ class GradientProjector:
                     "micro-batch; use every='step', or torch.nn.utils.clip_grad_norm_ before the "
                     "optimiser's step"
                 )
+        check_group(process_group)
         self._method: Method = method
         self._anchor = anchor
         self._missing: Missing = missing
         self._ce_multiplicity: Multiplicity = ce_multiplicity
         self._every = every
         self._max_norm = max_norm
+        self._settings = (method, anchor, missing, ce_multiplicity, every, max_norm)
+        self._seed = seed
         self._generator = torch.Generator().manual_seed(seed)
-        self._pending = _Pending()
+        self._group = process_group
+        self._engine = make_engine(self._parameters, self._module, process_group)
+        self._pending = Pending()
 
     def backward(
         self,
@@ -149,11 +160,11 @@ class GradientProjector:
 
         Args:
             losses: Scalars by name. A loss that is absent from this step is left out of the
-                mapping.
-            weights: Weight of every loss: a mapping of numbers or scalar tensors, or a
-                `Reweighting`; None is 1 for all. A loss whose weight is the number 0 is not
-                differentiated and takes no part. With `every="step"` the last weights given for a
-                loss count.
+                mapping; with several ranks it may be absent from some and may be empty.
+            weights: Weight of every loss: a mapping of numbers (the same on all ranks) or scalar
+                tensors (averaged over ranks), or a `Reweighting`; None is 1 for all. A loss whose
+                weight is the number 0 is not differentiated and takes no part. With `every="step"`
+                the last weights given for a loss count.
             scaler: The `GradScaler` of an fp16 run: `.grad` is then scaled as its `step` expects,
                 while projection, `max_norm` and the report are about unscaled gradients.
             scale: Factor of what is added to `.grad`, e.g. 1 / number of micro-batches. With
@@ -166,28 +177,35 @@ class GradientProjector:
             TypeError: An argument is of the wrong kind.
             ValueError: A loss is no scalar or does not require grad; the anchor is absent or has
                 the weight 0; a weight is missing, negative or not finite; no loss is left;
-                `weights` or `scaler` changed kind within a step.
+                `weights` or `scaler` changed kind within a step; ranks do not agree; no loss
+                reaches a parameter.
             NotImplementedError: Engines that the class refuses, and sparse gradients.
         """
-        losses = check_losses(losses)
+        engine = self._engine = self._current_engine()
+        losses = check_losses(losses, may_be_empty=engine.is_distributed)
         scale = check_positive("scale", scale)
         check_scaler(scaler)
         if weights is not None and not isinstance(weights, Reweighting):
             check_weights(weights, losses)
             losses = {n: loss for n, loss in losses.items() if not _is_zero(weights[n])}
-        self._check_anchor(losses, weights)
-        if isinstance(weights, LossObserver):
-            weights.observe({name: loss.detach() for name, loss in losses.items()})
+        if engine.is_distributed:
+            losses = dict(sorted(losses.items()))
+        else:
+            self._check_anchor(losses, weights)
+        is_step = self._every == "step"
+        pending = self._pending if is_step else Pending()
+        pending.join(weights, scaler)
+        pending.open(losses)
+        engine.agree(self._statement(pending, losses, 1.0 if is_step else scale))
 
-        if self._every == "step":
-            self._accumulate(losses, weights, scaler, scale)
-            return None
-        grads = {
-            name: self._differentiate(losses[name], scaler, 1.0, retain_graph)
-            for name, retain_graph in self._anchor_last(losses)
-        }
-        names = tuple(losses)
-        return self._project(names, [grads[name] for name in names], weights, scaler, scale)
+        def seed(loss: Tensor) -> Tensor:
+            own = torch.full_like(loss, scale if is_step else 1.0, dtype=torch.float64)
+            return (own if scaler is None else scaler.scale(own)).to(loss.dtype)
+
+        anchor_last = sorted(losses.items(), key=lambda item: item[0] == self._anchor)
+        for name, grads in engine.differentiate(anchor_last, seed):
+            pending.add(name, grads)
+        return None if is_step else self._project(pending, scale)
 
     def step(self) -> ProjectionReport:
         """Project the gradients added up since the last `step` and add the update to `.grad`.
@@ -204,18 +222,14 @@ class GradientProjector:
                 f"step() is for every='step'; with every={self._every!r} backward() has already "
                 "added to .grad"
             )
-        pending = self._pending
-        if not pending.grads:
+        if not self._pending.started:
             raise RuntimeError("step() has nothing to project; call backward() first")
-        self._pending = _Pending()
-        names = tuple(pending.grads)
-        return self._project(
-            names, list(pending.grads.values()), pending.weights, pending.scaler, 1.0
-        )
+        pending, self._pending = self._pending, Pending()
+        return self._project(pending, 1.0)
 
     def reset(self) -> None:
         """Drop what `every="step"` has added up, e.g. after an error in `backward`."""
-        self._pending = _Pending()
+        self._pending = Pending()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the generator that draws the orders: `{"generator": uint8 tensor}`.
@@ -247,104 +261,55 @@ class GradientProjector:
                 f"{list(losses)}. Give the anchor's loss, or set anchor="
             )
 
-    def _anchor_last(self, losses: Mapping[str, Tensor]) -> list[tuple[str, bool]]:
-        """(name, whether the graph is needed afterwards): the anchor's is the largest."""
-        names = sorted(losses, key=lambda name: name == self._anchor)
-        return [(name, name != names[-1]) for name in names]
+    def _current_engine(self) -> LocalGradients:
+        """The engine; a process group may have come up since the last call."""
+        if self._engine.is_distributed:
+            return self._engine
+        return make_engine(self._parameters, self._module, self._group)
 
-    def _differentiate(
-        self, loss: Tensor, scaler: Scaler | None, scale: float, retain_graph: bool
-    ) -> list[Tensor | None]:
-        """The gradients of all parameters, None for those that the loss does not reach."""
-        live = [i for i, parameter in enumerate(self._parameters) if parameter.requires_grad]
-        if not live:
-            raise ValueError("no parameter requires grad; there is nothing to differentiate for")
-        for i in live:
-            check_engine(f"parameters[{i}]", self._parameters[i])
-        seed = torch.full_like(loss, scale, dtype=torch.float64)
-        if scaler is not None:
-            seed = scaler.scale(seed)
-        found = torch.autograd.grad(
-            loss,
-            [self._parameters[i] for i in live],
-            grad_outputs=seed.to(loss.dtype),
-            retain_graph=retain_graph,
-            allow_unused=True,
+    def _statement(self, pending: Pending, losses: Iterable[str], scale: float) -> Statement:
+        weights = pending.weights
+        numbers = {}
+        if isinstance(weights, dict):
+            numbers = {n: float(w) for n, w in weights.items() if not isinstance(w, Tensor)}
+        state = self._generator.get_state().numpy().tobytes()
+        return Statement(
+            parameters="",
+            settings=self._settings,
+            seed=(self._seed, hashlib.blake2b(state, digest_size=4).hexdigest()),
+            scale=scale,
+            scaler=pending.scaler is not None,
+            weighting=type(weights).__name__,
+            weights=numbers,
+            reached=dict.fromkeys(losses, 0),
         )
-        grads: list[Tensor | None] = [None] * len(self._parameters)
-        for i, grad in zip(live, found, strict=True):
-            grads[i] = grad
-        return grads
 
-    def _accumulate(
-        self,
-        losses: Mapping[str, Tensor],
-        weights: Weights | None,
-        scaler: Scaler | None,
-        scale: float,
-    ) -> None:
-        pending = self._pending
-        if pending.started and scaler is not pending.scaler:
-            raise ValueError("scaler changed between two backward() calls of one step")
-        pending.scaler = scaler
-        pending.weights = self._merged_weights(pending, weights)
-        pending.started = True
-        for name, retain_graph in self._anchor_last(losses):
-            grads = self._differentiate(losses[name], scaler, scale, retain_graph)
-            total = pending.grads.setdefault(name, [None] * len(grads))
-            for i, before in enumerate(total):
-                grad, grads[i] = grads[i], None
-                # Out of place: autograd may hand out one tensor for two parameters.
-                total[i] = grad if before is None else before if grad is None else before + grad
-
-    def _merged_weights(
-        self, pending: _Pending, weights: Weights | None
-    ) -> dict[str, float | Tensor] | Reweighting | None:
-        before = pending.weights
-        if not isinstance(weights, Mapping):
-            if pending.started and weights is not before:
-                raise ValueError("weights changed kind between two backward() calls of one step")
-            return weights
-        if pending.started and not isinstance(before, dict):
-            raise ValueError("weights changed kind between two backward() calls of one step")
-        return {**(before if isinstance(before, dict) else {}), **weights}
-
-    def _project(
-        self,
-        names: tuple[str, ...],
-        grads: list[list[Tensor | None]],
-        weights: Weights | None,
-        scaler: Scaler | None,
-        scale: float,
-    ) -> ProjectionReport:
-        gram = gradient_gram(grads)
-        device = gram.values.device
-        grad_scale = scale_of(scaler, device)
+    def _project(self, pending: Pending, scale: float) -> ProjectionReport:
+        """Project what is pending and add it to `.grad`."""
+        weights, scaler = pending.weights, pending.scaler
+        device = self._parameters[0].device
+        given = {}
+        if isinstance(weights, dict):
+            given = {name: _scalar(weights[name], device) for name in pending.grads}
+        statement = self._statement(pending, pending.grads, scale)
+        reduced = self._engine.reduce(pending.grads, statement, given, pending.values())
+        names, gram = reduced.names, reduced.gram
+        grad_scale = scale_of(scaler, gram.values.device)
         if grad_scale is not None:
             gram = gram.scaled((1.0 / grad_scale).expand(len(names)))
-        loss_weights = self._loss_weights(names, weights, gram)
+        if isinstance(weights, LossObserver):
+            weights.observe(dict(zip(names, reduced.values.unbind(), strict=True)))
+        if isinstance(weights, Reweighting):
+            loss_weights = weights.weights(names, gram.total.diagonal().sqrt(), self._anchor)
+        elif weights is None:
+            loss_weights = torch.ones(len(names), dtype=torch.float64, device=gram.values.device)
+        else:
+            loss_weights = reduced.weights
         weighted = gram.scaled(loss_weights)
         projected = self._projection_weights(names, weighted)
-        factor = scale * self._clip_factor(projected, weighted)
-        final = projected * loss_weights * factor
-        before = [parameter.grad for parameter in self._parameters]
-        result = combine_gradients(grads, final, out=before, accumulate=True)
-        for parameter, grad in zip(self._parameters, result, strict=True):
-            if grad is not parameter.grad:
-                parameter.grad = grad
+        final = projected * loss_weights * (scale * self._clip_factor(projected, weighted))
+        self._engine.add(reduced, final)
         return make_report(names, gram, final, loss_weights)
-
-    def _loss_weights(
-        self, names: tuple[str, ...], weights: Weights | None, gram: GradientGram
-    ) -> Tensor:
-        """(K,) float64 on the device."""
-        device = gram.values.device
-        if isinstance(weights, Reweighting):
-            norms = gram.total.diagonal().sqrt()
-            return weights.weights(names, norms, self._anchor)
-        if weights is None:
-            return torch.ones(len(names), dtype=torch.float64, device=device)
-        return torch.stack([_scalar(weights[name], device) for name in names])
 
     def _projection_weights(self, names: tuple[str, ...], gram: GradientGram) -> Tensor:
         anchor = 0

@@ -46,7 +46,8 @@ class OnlineWeights:
         ValueError: An argument is out of range.
 
     Note:
-        An update needs two losses, and does not happen when a norm is not finite or all are 0.
+        An update needs two losses, and does not happen when a norm is not finite, all are 0, or a
+        loss has no power `alpha` (a negative or non-finite one; losses are meant to be positive).
         State is float64; the public code's is float32 and overflows for weights above 88.
 
     Source:
@@ -211,7 +212,8 @@ class OnlineWeights:
         # Where a clamp holds the weight, it has no slope.
         raw = F.softplus(parameters) + self._EPSILON
         free = self._clamped(raw, anchor) == raw
-        return slopes * torch.sigmoid(parameters) * free, weighted.isfinite().all() & (total > 0)
+        usable = weighted.isfinite().all() & (total > 0) & targets.isfinite().all()
+        return slopes * torch.sigmoid(parameters) * free, usable
 
     def _lag(self) -> Tensor | float:
         """rho: how far each loss lags behind the others, to the power of alpha."""

@@ -34,8 +34,13 @@ class Reweighting(Protocol):
 
 @runtime_checkable
 class LossObserver(Protocol):
-    """A `Reweighting` that also wants to see the loss values of every backward."""
+    """A `Reweighting` that also wants to see the loss values of every projection."""
 
     def observe(self, losses: Mapping[str, Tensor]) -> None:
-        """Take the step's losses: 0-d tensors, detached, on the device."""
+        """Take the losses of a projection, before `weights` is asked for.
+
+        Args:
+            losses: 0-d float64 tensors, detached, on the device: means over micro-batches and
+                ranks, in which an absent loss counts as 0.
+        """
         ...

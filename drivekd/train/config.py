@@ -136,7 +136,7 @@ class ProjectionConfig:
             that a projected run and a plain sum are comparable at one weight; with "official"
             compare AGP at n times the plain sum's weight, n being the capabilities present.
         every: Project each micro-batch's gradients, as the public code does, or the accumulated
-            ones of an optimizer step.
+            ones of an optimizer step. Several processes then communicate once per step.
         seed: Seed of the projection order.
 
     Raises:

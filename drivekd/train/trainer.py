@@ -16,7 +16,6 @@ from drivekd.data.collate import Collator
 from drivekd.projection import GradientProjector
 from drivekd.reweighting import BalancedWeights, OnlineWeights, Reweighting, StaticWeights
 from drivekd.train.config import ANCHOR, DistillConfig
-from drivekd.train.distributed import average_gradients
 from drivekd.train.metrics import StepMetrics
 from drivekd.train.models import prepare_teachers
 from drivekd.train.signals import Signal, SignalPlan
@@ -43,8 +42,10 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
     The logged `loss` is the cross-entropy alone; `drivekd.train.metrics.StepMetrics` names what is
     logged beside it. Where weights are static and nothing is projected, one plain backward serves
     all losses, and gradients are compared (norms, cosines) on logging steps only. Under torchrun
-    every process joins the gradients of its own micro-batches, as the public code does, and the
-    results are averaged.
+    the losses' gradients are averaged over processes and then joined, as `GradientProjector` does:
+    weights, norms and updates are those of all processes together. With
+    `gradient_accumulation_steps` above 1, `projection.every="step"` communicates once per step
+    instead of once per micro-batch.
 
     Args:
         student: The model to train.
@@ -179,7 +180,7 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         with self.accelerator.autocast():
             teachers = plan.run_teachers(routes)
         if self._compares_gradients():
-            # Outside DistributedDataParallel, which would reduce one loss's gradients only.
+            # Outside DistributedDataParallel: the projector averages the gradients.
             model = self.model
         layers = sorted({layer for signal in signals for layer in signal.student_layers})
         with contextlib.ExitStack() as stack:
@@ -216,8 +217,6 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
             report = self.projector.step()
         if report is not None:
             self.distill_metrics.add_report(report)
-        if is_last and self.args.world_size > 1:
-            average_gradients(self.model.parameters())
 
     def _compares_gradients(self) -> bool:
         """Whether this micro-batch's gradients are taken task by task."""
@@ -253,8 +252,8 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.projector is not None:
-            torch.save(self._distill_state(), self._state_file(output_dir))
+        if self.projector is not None and self.args.should_save:
+            torch.save(self._distill_state(), Path(output_dir) / STATE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights through `from_pretrained`, which knows the names they are saved under.
@@ -284,7 +283,7 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.projector is None:
             return
-        file = self._state_file(checkpoint)
+        file = Path(checkpoint) / STATE_FILE
         if not file.exists():
             raise ValueError(
                 f"{checkpoint} has no {file.name}, the state of projection and weighting: it was "
@@ -303,12 +302,6 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
             "projector": self.projector.state_dict(),
             "reweighting": self.reweighting.state_dict(),
         }
-
-    def _state_file(self, folder: str) -> Path:
-        """One file a process: norms, and so weights, may differ between processes."""
-        if self.args.world_size == 1:
-            return Path(folder) / STATE_FILE
-        return Path(folder) / f"{Path(STATE_FILE).stem}_{self.args.process_index}.pt"
 
 
 def build_reweighting(config: DistillConfig) -> Reweighting:

@@ -45,7 +45,9 @@ SIGNATURES = {
     "pcgrad_weights": "gram | order",
     "capture_attention": "model layers | stop_after_last",
     "backend_info": "|",
-    "GradientProjector": "parameters | method anchor missing ce_multiplicity seed every max_norm",
+    "GradientProjector": (
+        "parameters | method anchor missing ce_multiplicity seed every max_norm process_group"
+    ),
     "GradientProjector.backward": "self losses | weights scaler scale",
     "AttentionMapLoss": "| student_layers teacher_layers region loss denominator groups",
     "AttentionMapLoss.forward": (

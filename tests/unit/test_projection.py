@@ -9,7 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from drivekd.functional import gradient_gram
 from drivekd.functional.projection import METHODS
 from drivekd.projection import GradientProjector, agp_weights
-from drivekd.projection import projector as projector_module
+from drivekd.projection import local as engine_module
 from drivekd.reference import agp as reference
 from tests.helpers.gradients import relative_error
 from tests.helpers.host_reads import NoHostRead
@@ -231,6 +231,22 @@ def test_a_reweighting_sees_this_steps_raw_norms_and_sets_its_weights():
     assert relative_error(grads_of(model), grads_of(other)) < 1e-14
 
 
+def test_a_reweighting_observes_the_mean_losses_of_a_step():
+    """Once per projection; a loss that a micro-batch lacks is zero there, as its gradient is."""
+    model = student()
+    rule = Recorded()
+    projector = GradientProjector(model.parameters(), every="step")
+    batches = [model.losses(seed) for seed in (1, 2)]
+    del batches[1]["planning"]
+    want = {n: sum(own[n].item() for own in batches if n in own) / 2 for n in NAMES}
+    for losses in batches:
+        projector.backward(losses, weights=rule, scale=0.5)
+        assert not rule.observed
+    projector.step()
+    (observed,) = rule.observed
+    assert {name: value.item() for name, value in observed.items()} == pytest.approx(want)
+
+
 @pytest.mark.parametrize("missing", ("zero", "official"))
 def test_the_report_says_what_was_done(missing):
     model = student()
@@ -336,7 +352,7 @@ def test_every_step_projects_the_sum_over_micro_batches():
         assert all(grad is None for grad in grads_of(model))
     report = projector.step()
     assert relative_error(grads_of(model), want) < 1e-10
-    assert report.names == ("perception", "reasoning", "planning", "ce")
+    assert report.names == NAMES
     with pytest.raises(RuntimeError, match="nothing to project"):
         projector.step()
 
@@ -410,8 +426,8 @@ def test_reads_each_gradient_once_for_all_of_it(monkeypatch):
         return call
 
     for kind, name in (("gram", "gradient_gram"), ("combine", "combine_gradients")):
-        function = getattr(projector_module, name)
-        monkeypatch.setattr(projector_module, name, counted(kind, function))
+        function = getattr(engine_module, name)
+        monkeypatch.setattr(engine_module, name, counted(kind, function))
     model = student()
     projector = GradientProjector(model.parameters(), every="step", max_norm=1.0)
     projector.backward(model.losses(), weights=Recorded())

@@ -9,7 +9,7 @@ from drivekd.projection import GradientProjector
 from tests.helpers.students import NAMES, WEIGHTS, Recorded, grads_of, student
 
 BAD_PARAMETERS = {
-    "a module": (nn.Linear(1, 1), TypeError, "module.parameters"),
+    "a number": (3, TypeError, "module or an iterable of tensors"),
     "a tensor": (torch.ones(1), TypeError, "iterable of tensors"),
     "named parameters": (nn.Linear(1, 1).named_parameters(), TypeError, r"parameters\[0\]"),
     "parameter groups": ([{"params": []}], TypeError, "parameter groups"),
@@ -36,6 +36,7 @@ def test_refuses_parameters(parameters, error, message):
         ({"max_norm": 1.0}, ValueError, "clip_grad_norm_"),
         ({"max_norm": 0.0, "every": "step"}, ValueError, "max_norm"),
         ({"max_norm": "1", "every": "step"}, TypeError, "max_norm"),
+        ({"process_group": "gloo"}, TypeError, "process_group must be .* got str"),
     ],
 )
 def test_refuses_settings(settings, error, message):
@@ -166,3 +167,11 @@ def test_refuses_engines_that_own_gradients(mark, engine):
         projector.backward(losses)
     with pytest.raises(NotImplementedError, match=engine):
         GradientProjector(model.parameters())
+
+
+def test_refuses_a_deepspeed_engine():
+    class DeepSpeedEngine(nn.Linear):
+        pass
+
+    with pytest.raises(NotImplementedError, match="DeepSpeedEngine, which keeps gradients"):
+        GradientProjector(DeepSpeedEngine(1, 1))

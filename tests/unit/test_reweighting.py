@@ -279,6 +279,20 @@ def test_online_alpha_needs_the_losses():
         rule.weights(NAMES, norms(1, 2, 3), "ce")
 
 
+@pytest.mark.parametrize("bad", (-0.5, math.nan, math.inf))
+def test_online_does_not_learn_from_a_loss_without_a_power(bad):
+    """(-0.5)^0.5 is NaN: it stayed in the weights for good, and went from there into .grad."""
+    rule, twin = (OnlineWeights(STATIC, alpha=0.5, learning_rate=0.1) for _ in range(2))
+    good = dict(zip(NAMES, norms(1, 2, 3), strict=True))
+    for losses in (good, {**good, NAMES[1]: torch.tensor(bad).double()}, good):
+        rule.observe(losses)
+        got = rule.weights(NAMES, norms(1, 2, 3), "ce")
+    for _ in range(2):
+        twin.observe(good)
+        want = twin.weights(NAMES, norms(1, 2, 3), "ce")
+    assert torch.equal(got, want)
+
+
 def test_online_gets_the_losses_from_the_projector():
     model = student()
     rule = OnlineWeights(dict.fromkeys(model.losses(), 1.0), alpha=1.0, learning_rate=0.1)
