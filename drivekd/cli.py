@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 from drivekd.errors import (
     BackendUnavailableError,
     CaptureError,
+    CheckpointError,
     DataError,
+    NonFiniteLossError,
     RecipeError,
     TokenMismatchError,
+    TrainingMemoryError,
 )
 
 if TYPE_CHECKING:
@@ -27,9 +30,12 @@ if TYPE_CHECKING:
 EXPECTED_ERRORS = (
     BackendUnavailableError,
     CaptureError,
+    CheckpointError,
     DataError,
+    NonFiniteLossError,
     RecipeError,
     TokenMismatchError,
+    TrainingMemoryError,
     ImportError,
     OSError,
 )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import transformers
-from transformers.trainer_utils import get_last_checkpoint
 
 from drivekd.data import Collator, Record, check_records, load_records
 from drivekd.errors import DataError, TokenMismatchError
+from drivekd.train import checkpoints
 from drivekd.train.callbacks import JsonlLogger
 from drivekd.train.encoders import build_encoder
 from drivekd.train.models import load_model
@@ -32,7 +32,8 @@ def distill(recipe: Recipe) -> Path:
     Rows of the log go to `<output_dir>/log.jsonl`, checkpoints to `<output_dir>/checkpoint-*`, the
     student to `<output_dir>/student`, from where plain `from_pretrained` loads model and
     tokenizer. Teachers are never saved. `training.resume_from_checkpoint` is a checkpoint, "last"
-    (the newest, which must exist) or "auto" (the newest, if there is one).
+    (the newest, which must exist) or "auto" (the newest, if there is one). Checkpoints and the
+    student appear whole or not at all.
 
     Args:
         recipe: What `load_recipe` gave.
@@ -41,10 +42,13 @@ def distill(recipe: Recipe) -> Path:
         The student's folder.
 
     Raises:
+        CheckpointError: A checkpoint is damaged, or could not be written.
         DataError: A record is not usable; merely doubtful ones (`drivekd data check` lists
             them) are warnings.
         TokenMismatchError: A teacher's tokenizer is not the student's.
         RecipeError: A setting does not fit the student's checkpoint.
+        NonFiniteLossError: A loss is not finite.
+        TrainingMemoryError: Memory ran out; the message says which settings to change.
         ValueError: A checkpoint, layer or question type does not fit.
         OSError: A checkpoint or file does not exist.
     """
@@ -83,11 +87,14 @@ def distill(recipe: Recipe) -> Path:
         processing_class=processing,
         callbacks=[JsonlLogger()],
     )
-    trainer.train(resume_from_checkpoint=_checkpoint(resume, Path(args.output_dir)))
+    trainer.train(resume_from_checkpoint=resume)
     folder = Path(args.output_dir) / "student"
-    trainer.save_model(str(folder))
+    staged = Path(args.output_dir) / checkpoints.STAGING / folder.name
+    trainer.save_model(str(staged))
+    trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
-        _copy_image_settings(Path(recipe.student), folder)
+        _copy_image_settings(Path(recipe.student), staged)
+        checkpoints.publish(staged, folder)
     trainer.accelerator.end_training()  # closes the process group under torchrun
     return folder
 
@@ -133,18 +140,6 @@ def _load_splits(recipe: Recipe, root: Path) -> dict[str, list[Record]]:
             raise DataError(text)
         _LOG.warning("%s", text)
     return splits
-
-
-def _checkpoint(resume: str | None, output_dir: Path) -> str | Literal[False]:
-    """The checkpoint to resume from."""
-    if resume is None:
-        return False
-    if resume not in ("last", "auto"):
-        return resume
-    last: str | None = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-    if last is None and resume == "last":
-        raise ValueError(f"resume_from_checkpoint is 'last' but {output_dir} has no checkpoint")
-    return last or False
 
 
 def _copy_image_settings(student: Path, folder: Path) -> None:

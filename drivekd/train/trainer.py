@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator, Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.trainer_utils import SaveStrategy
 
-from drivekd.capture import capture_attention
 from drivekd.data.collate import Collator
+from drivekd.errors import CheckpointError
 from drivekd.projection import GradientProjector
 from drivekd.reweighting import BalancedWeights, OnlineWeights, Reweighting, StaticWeights
+from drivekd.train import checkpoints
 from drivekd.train.config import ANCHOR, DistillConfig
+from drivekd.train.guards import TaskLoss, advise_on_memory, check_finite
 from drivekd.train.metrics import StepMetrics
 from drivekd.train.models import prepare_teachers
-from drivekd.train.signals import Signal, SignalPlan
+from drivekd.train.signals import Signal, SignalPlan, StudentCapture
 
 STATE_FILE = "drivekd_state.pt"
 # What a collator's batch holds beside model inputs.
@@ -86,6 +90,9 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         self.plan: SignalPlan | None = None
         self.projector: GradientProjector | None = None
         self.reweighting: Reweighting | None = None
+        self._staging: Path | None = None
+        self._resumed_total_loss: float | None = None
+        self._update_done = False
         if config.signals:
             self._prepare_signals(teachers, question_types, teacher_dtype)
 
@@ -116,7 +123,12 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         self.plan = SignalPlan(config, self.model, ready, types)
         self.data_collator = collator.with_routes(self.plan.routes)
         self.projector = GradientProjector(
-            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            [
+                parameter
+                for module in (self.model, self.plan.helpers.to(self.args.device))
+                for parameter in module.parameters()
+                if parameter.requires_grad
+            ],
             method=config.projection.method,
             anchor=ANCHOR,
             missing=config.projection.missing,
@@ -125,6 +137,46 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
             seed=config.projection.seed,
         )
         self.reweighting = build_reweighting(config)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train, from the start or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: A checkpoint; "last" or True (the newest of `output_dir`, which
+                must exist); "auto" (the newest, if there is one); None or False for a fresh run.
+            trial: As in `transformers.Trainer`.
+            ignore_keys_for_eval: As in `transformers.Trainer`.
+
+        Returns:
+            What `transformers.Trainer.train` returns.
+
+        Raises:
+            CheckpointError: The checkpoint is damaged, or one could not be written.
+            NonFiniteLossError: A loss is not finite.
+            TrainingMemoryError: Memory ran out; the message says which settings to change.
+            ValueError: There is no checkpoint to resume from, or it does not fit the student.
+        """
+        run = Path(self.args.output_dir)
+        if self.args.should_save:
+            checkpoints.finish_interrupted(run)
+        self.accelerator.wait_for_everyone()
+        checkpoint = checkpoints.find(resume_from_checkpoint, run)
+        with advise_on_memory(self.args, self.distill_config):
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Trainer's optimizer; what is trained beside the student gets a group of its own."""
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        helpers = [] if self.plan is None else list(self.plan.helpers.parameters())
+        if is_new and helpers:
+            optimizer.add_param_group({"params": helpers, "weight_decay": 0.0})
+        return optimizer
 
     def training_step(
         self,
@@ -138,14 +190,14 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
             0-d cross-entropy, detached, with `Trainer`'s scaling.
 
         Raises:
-            RuntimeError: A loss is not finite; the message names it and the batch's records.
+            NonFiniteLossError: A loss is not finite; the message names it, its layers and records.
         """
-        with _advice_on_memory():
-            if self.plan is None:
-                loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-                self._note({ANCHOR: loss * self.current_gradient_accumulation_steps}, inputs)
-                return loss
-            return self._distill_step(self.plan, model, inputs, num_items_in_batch)
+        self._restore_total_loss()
+        if self.plan is None:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            self._note(loss * self.current_gradient_accumulation_steps, {}, inputs)
+            return loss
+        return self._distill_step(self.plan, model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,
@@ -175,6 +227,9 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
+        if self._update_done:
+            plan.helpers.zero_grad()  # Trainer does so for the student alone
+        self._update_done = self.accelerator.gradient_state.sync_gradients
         routes = inputs.get("routes", {})
         signals = plan.present(routes)
         with self.accelerator.autocast():
@@ -182,21 +237,18 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         if self._compares_gradients():
             # Outside DistributedDataParallel: the projector averages the gradients.
             model = self.model
-        layers = sorted({layer for signal in signals for layer in signal.student_layers})
-        with contextlib.ExitStack() as stack:
-            capture = stack.enter_context(capture_attention(model, layers)) if layers else None
-            stack.enter_context(self.compute_loss_context_manager())
+        with StudentCapture(model, signals) as capture, self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
             cross_entropy: Tensor = loss * self._accumulation(num_items_in_batch)
         logits = outputs["logits"] if any(signal.loss is None for signal in signals) else None
         with self.accelerator.autocast():
-            signal_losses = plan.losses(signals, inputs, teachers, capture, logits)
+            signal_losses = plan.losses(signals, inputs, teachers, capture.output(logits))
         del outputs, logits, capture, teachers
-        losses = {ANCHOR: cross_entropy, **signal_losses}
-        self._backward(losses, signals)
-        self._note(losses, inputs)
+        losses = {name: loss.layers.mean() for name, loss in signal_losses.items()}
+        self._backward({ANCHOR: cross_entropy, **losses}, signals)
+        self._note(cross_entropy, signal_losses, inputs)
         logged: Tensor = cross_entropy.detach() / self.current_gradient_accumulation_steps
         return logged
 
@@ -223,6 +275,8 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         config = self.distill_config
         if config.projection.method != "none" or config.weighting != "static":
             return True
+        if self.plan is not None and len(self.plan.helpers):
+            return True  # they are outside DistributedDataParallel: the projector averages them
         every = 0 if self.args.logging_strategy == "no" else self.state.logging_steps
         return bool(every) and (self.state.global_step + 1) % int(every) == 0
 
@@ -234,25 +288,75 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
             return 1
         return int(self.current_gradient_accumulation_steps)
 
-    def _note(self, losses: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> None:
+    def _note(
+        self, cross_entropy: Tensor, signals: Mapping[str, TaskLoss], inputs: Mapping[str, Any]
+    ) -> None:
         """Log the losses of a micro-batch; refuse any that is not finite."""
-        values = torch.stack([loss.detach().float() for loss in losses.values()])
-        if not bool(values.isfinite().all()):
-            broken = {
-                name: value
-                for name, value in zip(losses, values.tolist(), strict=True)
-                if not torch.isfinite(torch.tensor(value))
-            }
-            raise RuntimeError(
-                f"step {self.state.global_step + 1}: losses are not finite: {broken}; records of "
-                f"this micro-batch: {inputs.get('record_ids', 'unknown')}. Look at these records, "
-                "lower learning_rate, or use bf16 instead of fp16"
-            )
+        anchor = TaskLoss(cross_entropy.detach()[None], (), inputs.get("record_ids", ()))
+        losses = {ANCHOR: anchor, **signals}
+        check_finite(losses, self.state.global_step + 1)
         self.distill_metrics.add_losses(losses)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log before each save, so that rows after resuming cover the same steps as without."""
+        may_save = self.control.should_save or (
+            self.args.save_strategy == SaveStrategy.BEST and self.control.should_evaluate
+        )
+        if may_save and self.args.logging_strategy != "no":
+            self.control.should_log = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._restore_total_loss()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _restore_total_loss(self) -> None:
+        """Go on with the checkpoint's sum: Trainer starts at 0 and divides by all steps."""
+        if self._resumed_total_loss is not None:
+            self._total_loss_scalar, self._resumed_total_loss = self._resumed_total_loss, None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run: str = super()._get_output_dir(trial)
+        return run if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside and move it to its place once it is complete."""
+        run = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        staged, final = run / checkpoints.STAGING / name, run / name
+        self._staging = staged.parent
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint == str(staged):
+                self.state.best_model_checkpoint = str(final)
+                if self.args.should_save:
+                    self.state.save_to_json(str(staged / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.seal(staged)
+                checkpoints.publish(staged, final)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise CheckpointError(_what_to_do(error, run, final)) from error
+        finally:
+            self._staging = None
+        if self.args.should_save:
+            checkpoints.rotate(
+                run,
+                limit=self.args.save_total_limit,
+                newest=final,
+                best=self.state.best_model_checkpoint,
+            )
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(final))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: `_save_checkpoint` pushes what is in its place."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.projector is not None and self.args.should_save:
+        if self.args.should_save:
             torch.save(self._distill_state(), Path(output_dir) / STATE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -261,6 +365,7 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         Trainer's own loading takes the file's names as the module's; those of vision-language
         models differ, and it then goes on with the start weights and a log line.
         """
+        checkpoints.check(Path(resume_from_checkpoint))
         model = self.model if model is None else model
         if not isinstance(model, transformers.PreTrainedModel) or _has_adapters(model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -281,26 +386,32 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.projector is None:
+        file = None if checkpoint is None else Path(checkpoint) / STATE_FILE
+        state = {}
+        if file is not None and file.exists():
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        self._resumed_total_loss = state.get("total_loss")
+        if file is None or self.projector is None or self.plan is None:
             return
-        file = Path(checkpoint) / STATE_FILE
-        if not file.exists():
+        if "projector" not in state:
             raise ValueError(
-                f"{checkpoint} has no {file.name}, the state of projection and weighting: it was "
+                f"{checkpoint} has no state of projection and weighting in {file.name}: it was "
                 "not saved by a run with signals (or with save_only_model). To start a new run "
                 "from its weights, give it as the student instead of resuming"
             )
-        state = torch.load(file, map_location="cpu", weights_only=True)
         self.projector.load_state_dict(state["projector"])
+        self.plan.helpers.load_state_dict(state["helpers"])
         if self.reweighting is not None:
             self.reweighting.load_state_dict(state["reweighting"])
 
     def _distill_state(self) -> dict[str, Any]:
-        if self.projector is None or self.reweighting is None:
-            return {}
-        return {
+        state: dict[str, Any] = {"total_loss": self._total_loss_scalar}
+        if self.plan is None or self.projector is None or self.reweighting is None:
+            return state
+        return state | {
             "projector": self.projector.state_dict(),
             "reweighting": self.reweighting.state_dict(),
+            "helpers": self.plan.helpers.state_dict(),
         }
 
 
@@ -313,6 +424,18 @@ def build_reweighting(config: DistillConfig) -> Reweighting:
     if config.weighting == "online":
         return OnlineWeights(weights, **options)
     return StaticWeights(weights, **options)
+
+
+def _what_to_do(error: BaseException, run: Path, final: Path) -> str:
+    """The message for a checkpoint that could not be written."""
+    last = checkpoints.newest_complete(run)
+    free = shutil.disk_usage(run).free / 2**30 if run.is_dir() else 0.0
+    kept = "no earlier checkpoint is there" if last is None else f"the last complete one is {last}"
+    return (
+        f"{final} could not be written ({error}); {run} has {free:.1f} GiB free, {kept}. Make "
+        "room (older checkpoints, training.save_total_limit, another training.output_dir), then "
+        "go on with training.resume_from_checkpoint=auto"
+    )
 
 
 def _has_adapters(model: nn.Module) -> bool:
@@ -328,17 +451,3 @@ def _question_types(dataset: Any) -> set[str]:
             "the question types cannot be read from train_dataset, which is no sequence of "
             "drivekd.data.Record; pass question_types"
         ) from error
-
-
-@contextlib.contextmanager
-def _advice_on_memory() -> Iterator[None]:
-    """Say on an out-of-memory error what to change; the error goes on as it is."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        error.add_note(
-            "drivekd: lower per_device_train_batch_size and raise gradient_accumulation_steps, set "
-            "gradient_checkpointing, load teachers in bfloat16, give signals fewer layers, or set "
-            "projection.method none with weighting static (one backward instead of one per signal)"
-        )
-        raise
