@@ -75,6 +75,8 @@ class SignalConfig:
         loss: "mse", "cosine" or "kl" of the head-mean maps; attention only.
         denominator: Which cells the "mse" divides by (`drivekd.functional.attention_map_loss`).
         temperature: Softens both distributions; logits only.
+        vocabulary: Compare only this many first entries; for models of one tokenizer whose
+            embeddings are padded to different sizes. None wants equal sizes. Logits only.
         share: Under weighting "balance" the share of the cross-entropy's gradient norm at which
             this signal's is held; 0.02 to 0.25 were useful.
         weight: Under weighting "static" the loss's factor, under "online" its start and proportion.
@@ -93,6 +95,7 @@ class SignalConfig:
     loss: MapLoss = "mse"
     denominator: Denominator = "official"
     temperature: float = 2.0
+    vocabulary: int | None = None
     share: float = 0.1
     weight: float = 1.0
 
@@ -112,6 +115,12 @@ class SignalConfig:
         _check_number("temperature", self.temperature, positive=True)
         _check_number("share", self.share, positive=True)
         _check_number("weight", self.weight)
+        if self.vocabulary is not None:
+            if self.kind != "logits":
+                raise ValueError(f"signal {self.name!r}: vocabulary belongs to kind 'logits'")
+            if isinstance(self.vocabulary, bool) or not isinstance(self.vocabulary, int):
+                raise TypeError(f"vocabulary is {self.vocabulary!r}, wanted an int")
+            _check_number("vocabulary", self.vocabulary, at_least=1)
         layers = (self.student_layers, self.teacher_layers)
         if self.kind == "logits":
             if layers != (None, None) or self.region is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from drivekd.capture import CapturedAttention, capture_attention
 from drivekd.capture.model import decoder_layers, find_decoder
 from drivekd.data.collate import Route
+from drivekd.errors import TokenMismatchError
 from drivekd.losses import AttentionMapLoss
 from drivekd.pairing import resolve_layers
 from drivekd.tokens import TokenLayout
@@ -249,9 +250,16 @@ class SignalPlan:
     ) -> Tensor:
         if student.logits is None or teacher.logits is None:
             raise ValueError(f"signal {signal.config.name!r} needs logits of both models")
+        entries = signal.config.vocabulary
+        sizes = (student.logits.shape[-1], teacher.logits.shape[-1])
+        if entries is not None and entries > min(sizes):
+            raise TokenMismatchError(
+                f"signal {signal.config.name!r} compares {entries} entries but the student has "
+                f"{sizes[0]} and the teacher {sizes[1]}; give vocabulary the tokenizer's size"
+            )
         return logit_distillation_loss(
-            student.logits[route.rows],
-            teacher.logits,
+            student.logits[route.rows, :, :entries],
+            teacher.logits[..., :entries],
             batch["labels"][route.rows],
             temperature=signal.config.temperature,
             sample_weight=weight,
