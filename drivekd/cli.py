@@ -64,6 +64,7 @@ examples:
 where things go:
   demo        runs/demo, or --output: report.html, report.md, report.json, plots, data, students
   distill     training.output_dir of the recipe: student/, log.jsonl, checkpoint-*/
+  report      report.html beside the run's log.jsonl
   the others  to the terminal; --json (doctor, evaluate) for programs
 
 exit codes:
@@ -117,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_distill(commands)
+    _add_report(commands)
     _add_data(commands)
     _add_evaluate(commands)
     _add_doctor(commands)
@@ -186,6 +188,18 @@ def _add_distill(commands: Any) -> None:
     )
     command.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+
+
+def _add_report(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "report",
+        _run_report,
+        help="draw the log of a training run",
+        description="Draw losses, gradients, conflicts and speed of a training run from its "
+        "log.jsonl, into one\nself-contained RUN/report.html. Works while the run goes on.",
+    )
+    command.add_argument("folder", type=Path, metavar="RUN", help="training.output_dir of a run")
 
 
 def _add_data(commands: Any) -> None:
@@ -267,6 +281,13 @@ def _run_distill(settings: argparse.Namespace) -> int:
 
     student = train.distill(train.load_recipe(settings.recipe, settings.overrides))
     print(f"student: {student}")
+    return OK
+
+
+def _run_report(settings: argparse.Namespace) -> int:
+    from drivekd.study.training import write_training_report
+
+    print(f"report: {write_training_report(settings.folder)}")
     return OK
 
 

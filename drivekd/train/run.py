@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers.integrations import is_tensorboard_available
 
 from drivekd.data import Collator, Record, check_records, load_records
 from drivekd.errors import DataError, TokenMismatchError
@@ -29,11 +30,12 @@ _FATAL = frozenset(
 def distill(recipe: Recipe) -> Path:
     """Run a recipe: load, check, train, save.
 
-    Rows of the log go to `<output_dir>/log.jsonl`, checkpoints to `<output_dir>/checkpoint-*`, the
-    student to `<output_dir>/student`, from where plain `from_pretrained` loads model and
-    tokenizer. Teachers are never saved. `training.resume_from_checkpoint` is a checkpoint, "last"
-    (the newest, which must exist) or "auto" (the newest, if there is one). Checkpoints and the
-    student appear whole or not at all.
+    Rows of the log go to `<output_dir>/log.jsonl` (and, unless `training.report_to` says otherwise,
+    to TensorBoard where it is installed; `drivekd report` draws them), checkpoints to
+    `<output_dir>/checkpoint-*`, the student to `<output_dir>/student`, from where plain
+    `from_pretrained` loads model and tokenizer. Teachers are never saved.
+    `training.resume_from_checkpoint` is a checkpoint, "last" (the newest, which must exist) or
+    "auto" (the newest, if there is one). Checkpoints and the student appear whole or not at all.
 
     Args:
         recipe: What `load_recipe` gave.
@@ -61,7 +63,7 @@ def distill(recipe: Recipe) -> Path:
     teachers = {name: path for name, path in recipe.teachers.items() if name in used}
     for name, path in teachers.items():
         check_tokenizer(name, path, tokenizer)
-    settings = {"report_to": "none", **recipe.training, "remove_unused_columns": False}
+    settings = {"report_to": _report_to(), **recipe.training, "remove_unused_columns": False}
     resume = settings.pop("resume_from_checkpoint", None)
     args = transformers.TrainingArguments(**settings)
     # Before the student is made, so that nothing random depends on what was loaded before it.
@@ -140,6 +142,11 @@ def _load_splits(recipe: Recipe, root: Path) -> dict[str, list[Record]]:
             raise DataError(text)
         _LOG.warning("%s", text)
     return splits
+
+
+def _report_to() -> str:
+    """TensorBoard where it is installed; log.jsonl is always written."""
+    return "tensorboard" if is_tensorboard_available() else "none"
 
 
 def _copy_image_settings(student: Path, folder: Path) -> None:

@@ -18,6 +18,7 @@ from drivekd.train.metrics import StepMetrics
 from drivekd.train.models import prepare_teachers
 from drivekd.train.saving import SurvivingTrainer
 from drivekd.train.signals import Signal, SignalPlan, StudentCapture
+from drivekd.train.speed import Speed
 
 STATE_FILE = "drivekd_state.pt"
 # What a collator's batch holds beside model inputs.
@@ -38,10 +39,12 @@ class DistillTrainer(SurvivingTrainer):
     cross-entropy times the number of micro-batches, so that its gradient has the size of one
     micro-batch's mean whatever the accumulation.
 
-    The logged `loss` is the cross-entropy alone; `drivekd.train.metrics.StepMetrics` names what is
-    logged beside it. Where weights are static and nothing is projected, one plain backward serves
-    all losses, and gradients are compared (norms, cosines) on logging steps only. Under torchrun
-    the losses' gradients are averaged over processes and then joined, as `GradientProjector` does:
+    The logged `loss` is the cross-entropy alone; `drivekd.train.metrics.StepMetrics` and
+    `drivekd.train.speed.Speed` name what is logged beside it.
+
+    Where weights are static and nothing is projected, one plain backward serves all losses, and
+    gradients are compared (norms, cosines) on logging steps only. Under torchrun the losses'
+    gradients are averaged over processes and then joined, as `GradientProjector` does:
     weights, norms and updates are those of all processes together. With
     `gradient_accumulation_steps` above 1, `projection.every="step"` communicates once per step
     instead of once per micro-batch.
@@ -82,6 +85,7 @@ class DistillTrainer(SurvivingTrainer):
         super().__init__(model=student, **trainer_arguments)
         self.distill_config = config
         self.distill_metrics = StepMetrics(threshold=config.small_share_warning)
+        self._speed = Speed()
         self.plan: SignalPlan | None = None
         self.projector: GradientProjector | None = None
         self.reweighting: Reweighting | None = None
@@ -181,6 +185,7 @@ class DistillTrainer(SurvivingTrainer):
             NonFiniteLossError: A loss is not finite; the message names it, its layers and records.
         """
         self._restore_total_loss()
+        self._speed.add(inputs.get("attention_mask"), self.state.global_step)
         if self.plan is None:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             self._note(loss * self.current_gradient_accumulation_steps, {}, inputs)
@@ -199,9 +204,11 @@ class DistillTrainer(SurvivingTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a row; rows of training also get losses, weights and gradient shares."""
+        """Log a row; rows of training also get losses, weights, shares and speed."""
         if "loss" in logs:
             logs.update(self.distill_metrics.flush())
+            step, processes = self.state.global_step, self.args.world_size
+            logs.update(self._speed.flush(step, self.state.max_steps, processes=processes))
         super().log(logs, start_time)
 
     def _distill_step(
