@@ -160,10 +160,11 @@ def _gradients(rows: Rows) -> Plot | None:
         "weight": "loss weight relative to cross-entropy's",
         "coefficient": "coefficient in the update, projection included",
     }
-    with figure_of(len(panels), [1.9] * len(panels)) as (figure, axes):
-        for axis, (key, title) in zip(axes, panels.items(), strict=True):
+    with figure_of(len(panels) + 1, [1.9] * (len(panels) + 1)) as (figure, axes):
+        for axis, (key, title) in zip(axes[:-1], panels.items(), strict=True):
             lines = [_line(rows, f"{n}/{key}", n, i + 1) for i, n in enumerate(names)]
             _draw(axis, title, lines, log=key in ("share", "weight"))
+        _draw(axes[-1], "how often a projection fired", [_line(rows, "projected", "any", 0)])
         axes[-1].set_xlabel("optimiser steps")
         png = save_png(figure)
     return Plot(

@@ -66,10 +66,13 @@ class StepMetrics:
     Args:
         threshold: A signal whose weighted gradient norm stays under this share of the
             cross-entropy's is reported once, by a warning.
+        method: How gradients are joined (`drivekd.GradientProjector`).
     """
 
-    def __init__(self, *, threshold: float) -> None:
+    def __init__(self, *, threshold: float, method: str = "none") -> None:
         self._threshold = threshold
+        self._method = method
+        self._projected: list[Tensor] = []
         self._losses: dict[str, list[Tensor]] = {}
         self._layers: dict[str, tuple[int, ...]] = {}
         self._pairs: dict[tuple[str, str], list[Tensor]] = {}
@@ -84,11 +87,17 @@ class StepMetrics:
             self._losses.setdefault(name, []).append(loss.layers.detach().float())
             self._layers[name] = loss.names
 
-    def add_report(self, report: GradientReport) -> None:
-        """Note norms, cosines and conflicts of a micro-batch."""
+    def add_report(self, report: GradientReport, *, scale: float = 1.0) -> None:
+        """Note norms, cosines, conflicts and projections of a micro-batch.
+
+        Args:
+            report: What the projector reports.
+            scale: Factor of the update that `report.weights` has in it.
+        """
         anchor = report.names.index(ANCHOR)
         weighted = report.norms * report.loss_weights
         conflicts = report.conflicts.to(report.norms.dtype)
+        self._projected.append(self._fired(report, anchor, scale))
         self._anchor.append(report.weights[anchor].to(torch.float64))
         for index, name in enumerate(report.names):
             if index == anchor:
@@ -111,6 +120,21 @@ class StepMetrics:
             row = torch.stack([column.to(torch.float64) for column in columns])
             self._gradients.setdefault(name, []).append(row)
 
+    def _fired(self, report: GradientReport, anchor: int, scale: float) -> Tensor:
+        """0-d bool, whether a projection changed the update.
+
+        One against the anchor changes the anchor's coefficient only, which its multiplicity
+        changes too; it fires on a raw conflict. Any other changes a signal's coefficient.
+        """
+        plain = report.loss_weights * scale
+        changed = (report.weights - plain).abs() > 1e-9 * plain.abs()
+        if self._method in ("agp", "stage1"):
+            changed = changed | report.conflicts[anchor]
+        if self._method in ("agp", "stage1", "stage2"):
+            changed = changed.clone()
+            changed[anchor] = False
+        return changed.any()
+
     def flush(self) -> dict[str, float]:
         """The means since the last call, and the warning about small signals.
 
@@ -123,7 +147,7 @@ class StepMetrics:
             opposed cross-entropy's, which is when the first projection fires, and the other
             signals' on average), `NAME/coefficient` and `ce/coefficient` (of the raw gradient in
             the update: loss weight and projection together), and for each pair of signals
-            `cosine/A/B` and `conflict/A/B`.
+            `cosine/A/B` and `conflict/A/B`; and `projected`, how often a projection fired at all.
         """
         logs: dict[str, float] = {}
         for name, losses in self._losses.items():
@@ -143,7 +167,9 @@ class StepMetrics:
             logs[f"conflict/{first}/{second}"] = conflict
         if self._anchor:
             logs[f"{ANCHOR}/coefficient"] = float(torch.stack(self._anchor).mean())
-        self._losses, self._gradients, self._pairs, self._anchor = {}, {}, {}, []
+            logs["projected"] = float(torch.stack(self._projected).double().mean())
+        self._losses, self._gradients, self._pairs = {}, {}, {}
+        self._anchor, self._projected = [], []
         return logs
 
     def _watch(self, name: str, largest: float, count: int) -> None:

@@ -84,7 +84,9 @@ class DistillTrainer(SurvivingTrainer):
             raise ValueError("model_init is not supported; make the student before the trainer")
         super().__init__(model=student, **trainer_arguments)
         self.distill_config = config
-        self.distill_metrics = StepMetrics(threshold=config.small_share_warning)
+        self.distill_metrics = StepMetrics(
+            threshold=config.small_share_warning, method=config.projection.method
+        )
         self._speed = Speed()
         self.plan: SignalPlan | None = None
         self.projector: GradientProjector | None = None
@@ -259,11 +261,11 @@ class DistillTrainer(SurvivingTrainer):
         report = self.projector.backward(
             losses, weights=self.reweighting, scaler=self.accelerator.scaler, scale=1.0 / steps
         )
-        is_last = self.accelerator.gradient_state.sync_gradients
-        if is_last and self.distill_config.projection.every == "step":
+        is_step = self.distill_config.projection.every == "step"
+        if is_step and self.accelerator.gradient_state.sync_gradients:
             report = self.projector.step()
         if report is not None:
-            self.distill_metrics.add_report(report)
+            self.distill_metrics.add_report(report, scale=1.0 if is_step else 1.0 / steps)
 
     def _compares_gradients(self) -> bool:
         """Whether this micro-batch's gradients are taken task by task."""

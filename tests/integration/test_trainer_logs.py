@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from drivekd.train import DistillConfig, JsonlLogger, SignalConfig
+from drivekd.train import DistillConfig, JsonlLogger, ProjectionConfig, SignalConfig
 from tests.helpers.trainers import (
     SIGNALS,
     TYPES,
@@ -44,3 +44,37 @@ def test_small_signal_is_reported_once(make, caplog):
         make(config, max_steps=12, per_device_train_batch_size=1, logging_steps=2).train()
     messages = [r.getMessage() for r in caplog.records if "next to nothing" in r.getMessage()]
     assert len(messages) == 1 and "'sort'" in messages[0]
+
+
+@pytest.mark.parametrize("every", ["microbatch", "step"])
+@pytest.mark.parametrize("multiplicity", ["once", "official"])
+@pytest.mark.parametrize("method", ["none", "stage1", "stage2", "agp", "pcgrad"])
+def test_projected_says_whether_a_projection_changed_the_update(make, method, multiplicity, every):
+    projection = ProjectionConfig(method=method, ce_multiplicity=multiplicity, every=every)
+    trainer = make(
+        DistillConfig(signals=SIGNALS, projection=projection),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1 if every == "microbatch" else 2,
+    )
+    trainer.train()
+    for row in trainer.state.log_history[:-1]:
+        against_ce = any(row.get(f"{n}/conflict_ce") for n in ("sort", "fold", "wash"))
+        others = any(value for key, value in row.items() if key.startswith("conflict/"))
+        assert row["projected"] in (0.0, 1.0)
+        if method == "none":
+            assert row["projected"] == 0
+        elif method == "stage1":
+            assert row["projected"] == against_ce
+        elif method == "pcgrad":
+            assert row["projected"] == (against_ce or others)
+        elif method == "agp":
+            assert row["projected"] >= against_ce
+
+
+def test_accumulation_is_no_projection(make):
+    projection = ProjectionConfig(method="none")
+    changes = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    trainer = make(DistillConfig(signals=SIGNALS, projection=projection), **changes)
+    trainer.train()
+    assert [row["projected"] for row in trainer.state.log_history[:-1]] == [0.0, 0.0]
