@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 from drivekd.errors import (
     BackendUnavailableError,
     CaptureError,
+    CheckpointError,
     DataError,
+    NonFiniteLossError,
     RecipeError,
     TokenMismatchError,
+    TrainingMemoryError,
 )
 
 if TYPE_CHECKING:
@@ -27,9 +30,12 @@ if TYPE_CHECKING:
 EXPECTED_ERRORS = (
     BackendUnavailableError,
     CaptureError,
+    CheckpointError,
     DataError,
+    NonFiniteLossError,
     RecipeError,
     TokenMismatchError,
+    TrainingMemoryError,
     ImportError,
     OSError,
 )
@@ -61,6 +67,7 @@ where things go:
   demo        runs/demo, or --output: report.html, report.md, report.json, plots, data, students
   distill     training.output_dir of the recipe: student/, log.jsonl, checkpoint-*/
   verify      there too: verify.json
+  report      report.html beside the run's log.jsonl
   the others  to the terminal; --json (doctor, evaluate) for programs
 
 exit codes:
@@ -115,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_distill(commands)
     _add_verify(commands)
+    _add_report(commands)
     _add_data(commands)
     _add_evaluate(commands)
     _add_doctor(commands)
@@ -208,6 +216,18 @@ def _add_verify(commands: Any) -> None:
     command.add_argument(
         "--json", type=Path, metavar="FILE", help="default: verify.json in training.output_dir"
     )
+
+
+def _add_report(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "report",
+        _run_report,
+        help="draw the log of a training run",
+        description="Draw losses, gradients, conflicts and speed of a training run from its "
+        "log.jsonl, into one\nself-contained RUN/report.html. Works while the run goes on.",
+    )
+    command.add_argument("folder", type=Path, metavar="RUN", help="training.output_dir of a run")
 
 
 def _add_data(commands: Any) -> None:
@@ -322,6 +342,13 @@ def _run_verify(settings: argparse.Namespace) -> int:
     file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"\nall numbers: {file}")
     return FOUND_PROBLEMS if document["verdict"] == DIFFERS else OK
+
+
+def _run_report(settings: argparse.Namespace) -> int:
+    from drivekd.study.training import write_training_report
+
+    print(f"report: {write_training_report(settings.folder)}")
+    return OK
 
 
 def _run_data_check(settings: argparse.Namespace) -> int:

@@ -27,3 +27,15 @@ class RecipeError(ValueError):
 
 class DataError(ValueError):
     """A record, an image or an answer is not usable; the message names file and record."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or is damaged; the message says what to do."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss is NaN or infinite; the message names task, layers and records."""
+
+
+class TrainingMemoryError(RuntimeError):
+    """Training ran out of memory; the message says which settings to change."""

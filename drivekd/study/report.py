@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from drivekd.study import tables
+from drivekd.study.page import page, plot_section
 from drivekd.study.plots import Plot, make_plots
 from drivekd.study.schema import Study
 from drivekd.study.tables import format_table as format_table
 
 DOCUMENT = "report.json"
-
-_CSS = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.2rem 1rem 4rem; max-width: 62rem; background: #fff; color: #222;
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: .4rem 0 1rem; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-h3 { font-size: 1rem; margin: 0 0 .4rem; }
-.notes { border-left: .25rem solid #d55e00; padding: .1rem 0 .1rem 1rem; margin: 1rem 0; }
-.notes p { margin: .4rem 0; }
-.note, figcaption { color: #555; font-size: .875rem; margin: .4rem 0; max-width: 44rem; }
-.scroll { overflow-x: auto; }
-.scroll:focus-visible { outline: 2px solid #0072b2; outline-offset: 2px; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .28rem .7rem .28rem 0; text-align: right; white-space: nowrap; }
-thead th { border-bottom: 1px solid #888; vertical-align: bottom; }
-tbody th { text-align: left; font-weight: 500; white-space: normal; min-width: 9rem; }
-tr.first > * { border-top: 1px solid #ccc; }
-tr.baseline, tr.blank, tr.teacher { color: #555; }
-tr.setting td { text-align: left; white-space: normal; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
-  gap: 2rem 1.5rem; align-items: start; }
-figure { margin: 0; }
-img { width: 100%; height: auto; display: block; }
-dt { font-weight: 600; } dd { margin: 0 0 .5rem; }
-"""
 
 
 def write_report(directory: Path, study: Study, *, figures: Sequence[Plot] = ()) -> Path:
@@ -75,9 +48,9 @@ def write_report(directory: Path, study: Study, *, figures: Sequence[Plot] = ())
     for plot in plots:
         (directory / f"{plot.name}.png").write_bytes(plot.png)
     (directory / "report.md").write_text(_markdown(study, plots), encoding="utf-8")
-    page = directory / "report.html"
-    page.write_text(_html(study, plots), encoding="utf-8")
-    return page
+    path = directory / "report.html"
+    path.write_text(_html(study, plots), encoding="utf-8")
+    return path
 
 
 def load_study(path: Path) -> Study:
@@ -124,38 +97,17 @@ def _markdown(study: Study, plots: list[Plot]) -> str:
 
 
 def _html(study: Study, plots: list[Plot]) -> str:
-    title = html.escape(study.title)
-    notes = "".join(f"<p>{html.escape(note)}</p>" for note in study.notes)
     first, *rest = (tables.to_html(table) for table in _all_tables(study))
     arms = "".join(
         f"<dt>{html.escape(arm.label)}</dt><dd>{html.escape(arm.description)}</dd>"
         for arm in study.arms
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{title}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{title}</h1>\n"
-        + (f'<div class="notes" role="note">{notes}</div>\n' if notes else "")
-        + tables.to_html(tables.accuracy_table(study))
+    body = (
+        tables.to_html(tables.accuracy_table(study))
         + first
-        + f'<section><h2>Plots</h2>\n<div class="plots">\n{_figures(plots)}</div></section>\n'
+        + plot_section(plots)
         + "".join(rest)
         + f"<section><h2>Arms</h2>\n<dl>{arms}</dl></section>\n"
         + f'<p class="note">Every number and curve here comes from {DOCUMENT} beside it.</p>\n'
-        + "</main>\n</body>\n</html>\n"
     )
-
-
-def _figures(plots: list[Plot]) -> str:
-    figures = []
-    for plot in plots:
-        data = base64.b64encode(plot.png).decode("ascii")
-        figures.append(
-            f"<figure><h3>{html.escape(plot.title)}</h3>\n"
-            f'<img alt="{html.escape(plot.alt)}" src="data:image/png;base64,{data}">\n'
-            f"<figcaption>{html.escape(plot.caption)}</figcaption></figure>\n"
-        )
-    return "".join(figures)
+    return page(study.title, body, notes=study.notes)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from drivekd.capture import capture_attention
+from drivekd.losses import AttentionMapLoss
 from drivekd.study.eager import eager_loss, placed
 from drivekd.tokens import TokenLayout
 from drivekd.train.config import Region, SignalConfig
 from drivekd.train.models import check_same_vision
-from drivekd.train.signals import attention_loss
+from drivekd.train.signals import signal_loss
 
 AGREES, DIFFERS, NOTHING = "agrees", "differs", "nothing to learn"
 
@@ -157,9 +158,9 @@ def _check(
     autocast: torch.dtype | None,
     repeats: int,
 ) -> Check:
-    settings = attention_loss(signal, student, teacher)
-    if settings is None:
-        raise ValueError(f"signal {signal.name!r} compares logits, wanted kind 'attention'")
+    settings = signal_loss(signal, student, teacher)
+    if not isinstance(settings, AttentionMapLoss):
+        raise ValueError(f"signal {signal.name!r} compares no maps, wanted kind 'attention'")
     place = next(student.parameters()).device
     dtype = autocast or next(student.parameters()).dtype
 

@@ -37,8 +37,10 @@ class JsonlLogger(transformers.TrainerCallback):  # type: ignore[misc]
             os.replace(file, older)
             return
         lines = file.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _step_of(line) <= state.global_step]
-        file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        kept = [line for line in lines if _belongs(line, state.global_step)]
+        draft = file.with_name("log.jsonl.draft")
+        draft.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(draft, file)
 
     def on_log(
         self,
@@ -66,9 +68,10 @@ class JsonlLogger(transformers.TrainerCallback):  # type: ignore[misc]
         return Path(args.output_dir) / "log.jsonl"
 
 
-def _step_of(line: str) -> float:
-    """Step of a row; infinite for a line that an interruption cut short."""
+def _belongs(line: str, step: int) -> bool:
+    """Whether a row is of training up to a step; not one cut short, nor a run's last summary."""
     try:
-        return float(json.loads(line)["step"])
+        row = json.loads(line)
+        return float(row["step"]) <= step and "train_runtime" not in row
     except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf
+        return False

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Literal, get_args
 
 LayerSpec = int | str | tuple[int, ...]
-SignalKind = Literal["attention", "logits"]
+SignalKind = Literal["attention", "hidden", "logits"]
 Region = Literal["full", "text_to_vision"]
 MapLoss = Literal["mse", "cosine", "kl"]
 Denominator = Literal["official", "live"]
@@ -25,6 +25,7 @@ AnchorMultiplicity = Literal["official", "once"]
 ProjectionInterval = Literal["microbatch", "step"]
 
 ANCHOR = "ce"
+_LOG_PREFIXES = ("cosine", "conflict")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -63,15 +64,19 @@ class SignalConfig:
     Args:
         name: The signal's name, in the log and in mixing; any but "ce".
         teacher: Name of the teacher.
-        kind: "attention" compares attention maps, "logits" the next-token distributions.
+        kind: "attention" compares attention maps, "hidden" hidden states through a linear map that
+            is trained along and not saved with the student, "logits" next-token distributions.
         student_layers: Layers of the student's maps: "first", "penultimate", "last", an int, a
-            sequence of ints, or an inclusive range such as "0..-2". Attention only.
+            sequence of ints, or an inclusive range such as "0..-2". Not for logits.
         teacher_layers: Layers of the teacher's maps, likewise. As many as the student's are paired
             one to one, otherwise by `drivekd.match_layer_groups`.
         region: Cells that are compared: "full", or "text_to_vision" (text queries, vision keys).
-        loss: "mse", "cosine" or "kl" of the head-mean maps.
+            Attention only.
+        loss: "mse", "cosine" or "kl" of the head-mean maps; attention only.
         denominator: Which cells the "mse" divides by (`drivekd.functional.attention_map_loss`).
         temperature: Softens both distributions; logits only.
+        vocabulary: Compare only this many first entries; for models of one tokenizer whose
+            embeddings are padded to different sizes. None wants equal sizes. Logits only.
         share: Under weighting "balance" the share of the cross-entropy's gradient norm at which
             this signal's is held; 0.02 to 0.25 were useful.
         weight: Under weighting "static" the loss's factor, under "online" its start and proportion.
@@ -91,6 +96,7 @@ class SignalConfig:
     loss: MapLoss = "mse"
     denominator: Denominator = "official"
     temperature: float = 2.0
+    vocabulary: int | None = None
     share: float = 0.1
     weight: float = 1.0
 
@@ -99,12 +105,23 @@ class SignalConfig:
         _check_name("teacher", self.teacher)
         if self.name == ANCHOR:
             raise ValueError(f"name is {ANCHOR!r}, which is the cross-entropy's own")
+        if self.name in _LOG_PREFIXES or "." in self.name:
+            raise ValueError(
+                f"name is {self.name!r}; names hold no '.', and {', '.join(_LOG_PREFIXES)} are "
+                "taken by the log"
+            )
         _check_choice("kind", self.kind, SignalKind)
         _check_choice("loss", self.loss, MapLoss)
         _check_choice("denominator", self.denominator, Denominator)
         _check_number("temperature", self.temperature, positive=True)
         _check_number("share", self.share, positive=True)
         _check_number("weight", self.weight)
+        if self.vocabulary is not None:
+            if self.kind != "logits":
+                raise ValueError(f"signal {self.name!r}: vocabulary belongs to kind 'logits'")
+            if isinstance(self.vocabulary, bool) or not isinstance(self.vocabulary, int):
+                raise TypeError(f"vocabulary is {self.vocabulary!r}, wanted an int")
+            _check_number("vocabulary", self.vocabulary, at_least=1)
         layers = (self.student_layers, self.teacher_layers)
         if self.kind == "logits":
             if layers != (None, None) or self.region is not None:
@@ -113,12 +130,19 @@ class SignalConfig:
                     "region belong to kind 'attention'"
                 )
             return
-        if None in layers or self.region is None:
+        if self.kind == "hidden":
+            if None in layers or self.region is not None or self.loss != "mse":
+                raise ValueError(
+                    f"signal {self.name!r} compares hidden states: it needs student_layers and "
+                    "teacher_layers; region and loss belong to kind 'attention'"
+                )
+        elif None in layers or self.region is None:
             raise ValueError(
                 f"signal {self.name!r} compares attention maps and needs student_layers, "
                 "teacher_layers and region ('full' or 'text_to_vision')"
             )
-        _check_choice("region", self.region, Region)
+        if self.region is not None:
+            _check_choice("region", self.region, Region)
         for which in ("student_layers", "teacher_layers"):
             spec = getattr(self, which)
             if isinstance(spec, list):
@@ -229,11 +253,11 @@ class DistillConfig:
         return tuple(signal for signal in self.signals if not (static and signal.weight == 0))
 
     def teacher_layers(self) -> dict[str, list[LayerSpec] | None]:
-        """For each teacher the layers that its signals read; None if one reads its logits."""
+        """For each teacher the layers that its signals read; None if one needs all of it."""
         needs: dict[str, list[LayerSpec] | None] = {}
         for signal in self.active:
             together = needs.setdefault(signal.teacher, [])
-            if signal.teacher_layers is None:
+            if signal.teacher_layers is None or signal.region is None:  # logits, hidden states
                 needs[signal.teacher] = None
             elif together is not None:
                 together.append(signal.teacher_layers)

@@ -54,8 +54,9 @@ def logit_distillation_loss(
     if student_logits.shape[2] != teacher_logits.shape[2]:
         raise TokenMismatchError(
             f"the student's vocabulary has {student_logits.shape[2]} entries and the teacher's "
-            f"{teacher_logits.shape[2]}; logits need one vocabulary, attention maps do not: use a "
-            "signal of kind 'attention' for this teacher"
+            f"{teacher_logits.shape[2]}; logits need one vocabulary (for one tokenizer "
+            "that was padded to two sizes, give the signal that tokenizer's size as vocabulary), "
+            "attention maps do not: use a signal of kind 'attention' for this teacher"
         )
     if labels.shape != student_logits.shape[:2]:
         raise ValueError(

@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from drivekd.train.config import ANCHOR
+from drivekd.train.guards import TaskLoss
 
 _LOG = logging.getLogger(__name__)
-_COLUMNS = ("weight", "share_raw", "share", "cosine_ce", "conflict_ce", "conflict_others")
+_COLUMNS = (
+    "weight",
+    "share_raw",
+    "share",
+    "cosine_ce",
+    "conflict_ce",
+    "conflict_others",
+    "coefficient",
+)
 # A signal counts as too small after this many micro-batches in a row, none above the threshold.
 _PATIENCE = 10
 
@@ -45,6 +54,11 @@ class GradientReport(Protocol):
         """(K,) weights of the losses."""
         ...
 
+    @property
+    def weights(self) -> Tensor:
+        """(K,) final coefficients of the raw gradients."""
+        ...
+
 
 class StepMetrics:
     """Means over the micro-batches since the last log row; no synchronisation until `flush`.
@@ -52,25 +66,39 @@ class StepMetrics:
     Args:
         threshold: A signal whose weighted gradient norm stays under this share of the
             cross-entropy's is reported once, by a warning.
+        method: How gradients are joined (`drivekd.GradientProjector`).
     """
 
-    def __init__(self, *, threshold: float) -> None:
+    def __init__(self, *, threshold: float, method: str = "none") -> None:
         self._threshold = threshold
+        self._method = method
+        self._projected: list[Tensor] = []
         self._losses: dict[str, list[Tensor]] = {}
+        self._layers: dict[str, tuple[int, ...]] = {}
+        self._pairs: dict[tuple[str, str], list[Tensor]] = {}
+        self._anchor: list[Tensor] = []
         self._gradients: dict[str, list[Tensor]] = {}
         self._below: dict[str, int] = {}
         self._warned: set[str] = set()
 
-    def add_losses(self, losses: Mapping[str, Tensor]) -> None:
+    def add_losses(self, losses: Mapping[str, TaskLoss]) -> None:
         """Note the losses of a micro-batch, by task name."""
         for name, loss in losses.items():
-            self._losses.setdefault(name, []).append(loss.detach().float())
+            self._losses.setdefault(name, []).append(loss.layers.detach().float())
+            self._layers[name] = loss.names
 
-    def add_report(self, report: GradientReport) -> None:
-        """Note norms, cosines and conflicts of a micro-batch."""
+    def add_report(self, report: GradientReport, *, scale: float = 1.0) -> None:
+        """Note norms, cosines, conflicts and projections of a micro-batch.
+
+        Args:
+            report: What the projector reports.
+            scale: Factor of the update that `report.weights` has in it.
+        """
         anchor = report.names.index(ANCHOR)
         weighted = report.norms * report.loss_weights
         conflicts = report.conflicts.to(report.norms.dtype)
+        self._projected.append(self._fired(report, anchor, scale))
+        self._anchor.append(report.weights[anchor].to(torch.float64))
         for index, name in enumerate(report.names):
             if index == anchor:
                 continue
@@ -82,30 +110,66 @@ class StepMetrics:
                 report.cosines[index, anchor],
                 conflicts[index, anchor],
                 conflicts[index, others].mean() if others else conflicts.new_zeros(()),
+                report.weights[index],
             ]
+            for other in others:
+                if index < other:
+                    pair = (name, report.names[other])
+                    both = torch.stack([report.cosines[index, other], conflicts[index, other]])
+                    self._pairs.setdefault(pair, []).append(both.to(torch.float64))
             row = torch.stack([column.to(torch.float64) for column in columns])
             self._gradients.setdefault(name, []).append(row)
+
+    def _fired(self, report: GradientReport, anchor: int, scale: float) -> Tensor:
+        """0-d bool, whether a projection changed the update.
+
+        One against the anchor changes the anchor's coefficient only, which its multiplicity
+        changes too; it fires on a raw conflict. Any other changes a signal's coefficient.
+        """
+        plain = report.loss_weights * scale
+        changed = (report.weights - plain).abs() > 1e-9 * plain.abs()
+        if self._method in ("agp", "stage1"):
+            changed = changed | report.conflicts[anchor]
+        if self._method in ("agp", "stage1", "stage2"):
+            changed = changed.clone()
+            changed[anchor] = False
+        return changed.any()
 
     def flush(self) -> dict[str, float]:
         """The means since the last call, and the warning about small signals.
 
         Returns:
-            `ce` and, for each signal that had samples, `NAME/loss`; where gradients were compared
-            also `NAME/weight` (of the loss, relative to cross-entropy's), `NAME/share_raw` and
+            `ce` and, for each signal that had samples, `NAME/loss`, and `NAME/layer_N` for each of
+            its student layers if there are several; where gradients were compared also
+            `NAME/weight` (of the loss, relative to cross-entropy's), `NAME/share_raw` and
             `NAME/share` (gradient norm over cross-entropy's, without and with weights),
-            `NAME/cosine_ce`, and `NAME/conflict_ce`, `NAME/conflict_others` (how often the raw
-            gradient opposed cross-entropy's, and the other signals' on average).
+            `NAME/cosine_ce`, `NAME/conflict_ce`, `NAME/conflict_others` (how often the raw gradient
+            opposed cross-entropy's, which is when the first projection fires, and the other
+            signals' on average), `NAME/coefficient` and `ce/coefficient` (of the raw gradient in
+            the update: loss weight and projection together), and for each pair of signals
+            `cosine/A/B` and `conflict/A/B`; and `projected`, how often a projection fired at all.
         """
         logs: dict[str, float] = {}
         for name, losses in self._losses.items():
-            key = ANCHOR if name == ANCHOR else f"{name}/loss"
-            logs[key] = float(torch.stack(losses).mean())
+            means = torch.stack(losses).mean(0)  # (L,)
+            logs[ANCHOR if name == ANCHOR else f"{name}/loss"] = float(means.mean())
+            if len(means) > 1:
+                layers = zip(self._layers[name], means.tolist(), strict=True)
+                logs.update({f"{name}/layer_{layer}": mean for layer, mean in layers})
         for name, rows in self._gradients.items():
             table = torch.stack(rows)
-            means = table.mean(0).tolist()
-            logs.update({f"{name}/{key}": mean for key, mean in zip(_COLUMNS, means, strict=True)})
+            columns = table.mean(0).tolist()
+            logs.update({f"{name}/{k}": mean for k, mean in zip(_COLUMNS, columns, strict=True)})
             self._watch(name, float(table[:, _COLUMNS.index("share")].max()), len(rows))
-        self._losses, self._gradients = {}, {}
+        for (first, second), rows in self._pairs.items():
+            cosine, conflict = torch.stack(rows).mean(0).tolist()
+            logs[f"cosine/{first}/{second}"] = cosine
+            logs[f"conflict/{first}/{second}"] = conflict
+        if self._anchor:
+            logs[f"{ANCHOR}/coefficient"] = float(torch.stack(self._anchor).mean())
+            logs["projected"] = float(torch.stack(self._projected).double().mean())
+        self._losses, self._gradients, self._pairs = {}, {}, {}
+        self._anchor, self._projected = [], []
         return logs
 
     def _watch(self, name: str, largest: float, count: int) -> None:

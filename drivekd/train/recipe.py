@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -11,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-import yaml
-
 from drivekd.errors import RecipeError
 from drivekd.train.config import DistillConfig, nearest
+from drivekd.train.recipe_tree import apply_override, kind_of, read_tree
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -106,7 +104,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
-        path: A YAML file with the fields of `Recipe`.
+        path: A YAML file with the fields of `Recipe`. Its key `base` may name another recipe, or
+            several, relative to the file, that it changes: mappings are merged key by key, anything
+            else (a list, a number, null) takes the base's place, and a mapping that meets a list
+            changes the entries that its keys name, as overrides do. Of several bases later ones
+            win, and the file over all of them.
         overrides: Changes such as "training.learning_rate=1e-4"; the value is YAML. List entries
             are named by index, or by their `name`: "distill.signals.perception.share=0.05".
 
@@ -114,24 +116,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         The recipe.
 
     Raises:
-        RecipeError: The file cannot be read, a key does not exist (the message names the nearest
-            that does), is missing or given twice, a value has the wrong type or is not legal, or
-            an override names nothing.
+        RecipeError: A file cannot be read or is its own base, a key does not exist (the message
+            names the nearest that does), is missing or given twice, a value has the wrong type or
+            is not legal, or an override names nothing.
 
     Example:
         >>> recipe = load_recipe("recipes/multi.yaml",
         ...     ["training.max_steps=100"])  # doctest: +SKIP
     """
     file = Path(path)
-    try:
-        tree = _parse(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{file} cannot be read as YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{file} holds {_kind(tree)}, wanted a mapping with the keys of a recipe")
+    tree = read_tree(file)
     try:
         for override in overrides:
-            _override(tree, override)
+            apply_override(tree, override)
         recipe = _build(Recipe, tree, "")
         _check_training(recipe.training)
     except RecipeError as error:
@@ -139,87 +136,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-4 as a number, no and off as words, and refuses a key given twice."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    pairs = [(loader.construct_object(k, deep=True), k) for k, _ in node.value]
-    seen: set[Any] = set()
-    for key, key_node in pairs:
-        if key in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} is given twice", key_node.start_mark
-            )
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"(?:[Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _parse(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    """Apply "a.b=c" to the parsed file."""
-    path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise RecipeError(f"override {override!r} is not of the form KEY.KEY=VALUE")
-    try:
-        value = _parse(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
-    node: Any = tree
-    for depth, key in enumerate(keys):
-        is_last = depth == len(keys) - 1
-        if isinstance(node, dict):
-            if is_last:
-                node[key] = value
-            else:
-                node = node.setdefault(key, {})
-        elif isinstance(node, list):
-            index = _list_index(node, key, override)
-            if is_last:
-                node[index] = value
-            else:
-                node = node[index]
-        else:
-            raise RecipeError(
-                f"override {override!r}: {'.'.join(keys[:depth])} is {_kind(node)} and has no "
-                f"{key!r}"
-            )
-
-
-def _list_index(entries: list[Any], key: str, override: str) -> int:
-    """Index of a list entry given by number or by its `name`."""
-    if key.isdigit() and int(key) < len(entries):
-        return int(key)
-    names = [entry.get("name") if isinstance(entry, dict) else None for entry in entries]
-    if key in names:
-        return names.index(key)
-    hint = nearest(key, [name for name in names if isinstance(name, str)])
-    raise RecipeError(
-        f"override {override!r}: there is no entry {key!r} among {len(entries)}; {hint}"
-    )
-
-
 def _build(cls: type[_T], tree: Any, where: str) -> _T:
     """Make a dataclass from a mapping, every key and type checked."""
     if not isinstance(tree, dict):
-        raise RecipeError(f"{where or 'recipe'} is {_kind(tree)}, wanted a mapping")
+        raise RecipeError(f"{where or 'recipe'} is {kind_of(tree)}, wanted a mapping")
     fields = {each.name: each for each in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     prefix = f"{where}." if where else ""
@@ -259,14 +179,14 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return _convert_tuple(value, arguments, where)
     if origin in (Mapping, dict):
         if not isinstance(value, dict):
-            raise RecipeError(f"{where} is {_kind(value)}, wanted a mapping")
+            raise RecipeError(f"{where} is {kind_of(value)}, wanted a mapping")
         return {
             str(key): _convert(entry, arguments[1], f"{where}.{key}")
             for key, entry in value.items()
         }
     if origin in (list, Sequence):
         if not isinstance(value, list):
-            raise RecipeError(f"{where} is {_kind(value)}, wanted a list")
+            raise RecipeError(f"{where} is {kind_of(value)}, wanted a list")
         return [_convert(entry, arguments[0], f"{where}.{i}") for i, entry in enumerate(value)]
     return _convert_scalar(value, hint, where)
 
@@ -280,12 +200,12 @@ def _convert_union(value: Any, arguments: tuple[Any, ...], where: str) -> Any:
             errors.append(str(error))
     if len(arguments) == 2 and type(None) in arguments:
         raise RecipeError(errors[arguments.index(type(None)) - 1])
-    raise RecipeError(f"{where} is {_kind(value)}, wanted {_union_name(arguments)}")
+    raise RecipeError(f"{where} is {kind_of(value)}, wanted {_union_name(arguments)}")
 
 
 def _convert_tuple(value: Any, arguments: tuple[Any, ...], where: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
-        raise RecipeError(f"{where} is {_kind(value)}, wanted a list")
+        raise RecipeError(f"{where} is {kind_of(value)}, wanted a list")
     if arguments[-1] is Ellipsis:
         arguments = arguments[:1] * len(value)
     if len(value) != len(arguments):
@@ -303,10 +223,10 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
     if hint in (int, float, str, bool) or hint is type(None):
         exact = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
         if not exact:
-            raise RecipeError(f"{where} is {_kind(value)}, wanted {_name(hint)}")
+            raise RecipeError(f"{where} is {kind_of(value)}, wanted {_name(hint)}")
         return value
-    if isinstance(hint, type) and not isinstance(value, str):
-        raise RecipeError(f"{where} is {_kind(value)}, wanted {_name(hint)}")
+    if isinstance(hint, type) and not isinstance(value, str | hint):
+        raise RecipeError(f"{where} is {kind_of(value)}, wanted {_name(hint)}")
     return value
 
 
@@ -326,14 +246,6 @@ def _label(entry: Any, index: int) -> str:
     """How an error names a list entry: by its name where it has one."""
     name = entry.get("name") if isinstance(entry, dict) else None
     return name if isinstance(name, str) else str(index)
-
-
-def _kind(value: Any) -> str:
-    """What a value is, for error messages."""
-    names = {dict: "a mapping", list: "a list", type(None): "null"}
-    if type(value) in names:
-        return names[type(value)]
-    return f"the {'string' if isinstance(value, str) else type(value).__name__} {value!r}"
 
 
 def _name(hint: Any) -> str:

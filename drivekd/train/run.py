@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import transformers
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations import is_tensorboard_available
 
 from drivekd.data import Collator, Record, check_records, load_records
 from drivekd.errors import DataError, RecipeError, TokenMismatchError
+from drivekd.train import checkpoints
 from drivekd.train.callbacks import JsonlLogger
 from drivekd.train.encoders import build_encoder
 from drivekd.train.models import load_model
@@ -29,10 +30,12 @@ _FATAL = frozenset(
 def distill(recipe: Recipe) -> Path:
     """Run a recipe: load, check, train, save.
 
-    Rows of the log go to `<output_dir>/log.jsonl`, checkpoints to `<output_dir>/checkpoint-*`, the
-    student to `<output_dir>/student`, from where plain `from_pretrained` loads model and
-    tokenizer. Teachers are never saved. `training.resume_from_checkpoint` is a checkpoint, "last"
-    (the newest, which must exist) or "auto" (the newest, if there is one).
+    Rows of the log go to `<output_dir>/log.jsonl` (and, unless `training.report_to` says otherwise,
+    to TensorBoard where it is installed; `drivekd report` draws them), checkpoints to
+    `<output_dir>/checkpoint-*`, the student to `<output_dir>/student`, from where plain
+    `from_pretrained` loads model and tokenizer. Teachers are never saved.
+    `training.resume_from_checkpoint` is a checkpoint, "last" (the newest, which must exist) or
+    "auto" (the newest, if there is one). Checkpoints and the student appear whole or not at all.
 
     Args:
         recipe: What `load_recipe` gave.
@@ -41,10 +44,13 @@ def distill(recipe: Recipe) -> Path:
         The student's folder.
 
     Raises:
+        CheckpointError: A checkpoint is damaged, or could not be written.
         DataError: A record is not usable; merely doubtful ones (`drivekd data check` lists
             them) are warnings.
         TokenMismatchError: A teacher's tokenizer is not the student's.
         RecipeError: A setting, checkpoint or layer does not fit.
+        NonFiniteLossError: A loss is not finite.
+        TrainingMemoryError: Memory ran out; the message says which settings to change.
         ValueError: A question type does not fit.
         OSError: A checkpoint or file does not exist.
     """
@@ -57,7 +63,7 @@ def distill(recipe: Recipe) -> Path:
     teachers = {name: path for name, path in recipe.teachers.items() if name in used}
     for name, path in teachers.items():
         check_tokenizer(name, path, tokenizer)
-    settings = {"report_to": "none", **recipe.training, "remove_unused_columns": False}
+    settings = {"report_to": _report_to(), **recipe.training, "remove_unused_columns": False}
     resume = settings.pop("resume_from_checkpoint", None)
     args = transformers.TrainingArguments(**settings)
     # Before the student is made, so that nothing random depends on what was loaded before it.
@@ -82,11 +88,14 @@ def distill(recipe: Recipe) -> Path:
         processing_class=processing,
         callbacks=[JsonlLogger()],
     )
-    trainer.train(resume_from_checkpoint=_checkpoint(resume, Path(args.output_dir)))
+    trainer.train(resume_from_checkpoint=resume)
     folder = Path(args.output_dir) / "student"
-    trainer.save_model(str(folder))
+    staged = Path(args.output_dir) / checkpoints.STAGING / folder.name
+    trainer.save_model(str(staged))
+    trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
-        _copy_image_settings(Path(recipe.student), folder)
+        _copy_image_settings(Path(recipe.student), staged)
+        checkpoints.publish(staged, folder)
     trainer.accelerator.end_training()  # closes the process group under torchrun
     return folder
 
@@ -149,16 +158,9 @@ def _load_splits(recipe: Recipe, root: Path) -> dict[str, list[Record]]:
     return splits
 
 
-def _checkpoint(resume: str | None, output_dir: Path) -> str | Literal[False]:
-    """The checkpoint to resume from."""
-    if resume is None:
-        return False
-    if resume not in ("last", "auto"):
-        return resume
-    last: str | None = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-    if last is None and resume == "last":
-        raise ValueError(f"resume_from_checkpoint is 'last' but {output_dir} has no checkpoint")
-    return last or False
+def _report_to() -> str:
+    """TensorBoard where it is installed; log.jsonl is always written."""
+    return "tensorboard" if is_tensorboard_available() else "none"
 
 
 def _copy_image_settings(student: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +18,17 @@ from drivekd.losses import AttentionMapLoss
 from drivekd.pairing import resolve_layers
 from drivekd.tokens import TokenLayout
 from drivekd.train.config import DistillConfig, SignalConfig
+from drivekd.train.guards import TaskLoss
+from drivekd.train.hidden import HiddenStateLoss, capture_hidden_states, width
 from drivekd.train.logits import logit_distillation_loss
 
 
 @dataclass(frozen=True)
-class TeacherOutput:
-    """What a teacher's forward on a route leaves: captured attention, logits, or both."""
+class ForwardOutput:
+    """What a forward leaves: captured attention, hidden states, logits, or several of them."""
 
     capture: CapturedAttention | None
+    hidden: Mapping[int, Tensor]
     logits: Tensor | None
 
 
@@ -36,18 +40,53 @@ class Signal:
         config: Its settings.
         route: Name of the route whose samples it works on.
         sample_weights: Weight of a sample by its question type; types of other samples are absent.
-        loss: The attention loss with resolved layers; None for a logits signal.
+        loss: The loss with resolved layers; None for a logits signal.
     """
 
     config: SignalConfig
     route: str
     sample_weights: Mapping[str, float]
-    loss: AttentionMapLoss | None
+    loss: AttentionMapLoss | HiddenStateLoss | None
 
     @property
     def student_layers(self) -> tuple[int, ...]:
         """Layers of the student that the signal reads, non-negative."""
         return () if self.loss is None else tuple(self.loss.student_layers)
+
+
+class StudentCapture:
+    """Captures what signals read of the student's forward, in a `with`.
+
+    Args:
+        model: The student.
+        signals: The signals of the batch.
+    """
+
+    def __init__(self, model: nn.Module, signals: Sequence[Signal]) -> None:
+        self._model = model
+        self._layers = {
+            kind: sorted({n for s in signals if isinstance(s.loss, kind) for n in s.student_layers})
+            for kind in (AttentionMapLoss, HiddenStateLoss)
+        }
+        self._stack = contextlib.ExitStack()
+        self._capture: CapturedAttention | None = None
+        self._hidden: Mapping[int, Tensor] = {}
+
+    def __enter__(self) -> StudentCapture:
+        with contextlib.ExitStack() as stack:
+            if layers := self._layers[AttentionMapLoss]:
+                self._capture = stack.enter_context(capture_attention(self._model, layers))
+            if layers := self._layers[HiddenStateLoss]:
+                self._hidden = stack.enter_context(capture_hidden_states(self._model, layers))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    def output(self, logits: Tensor | None) -> ForwardOutput:
+        """What was captured, with the forward's logits."""
+        return ForwardOutput(self._capture, self._hidden, logits)
 
 
 @dataclass(frozen=True)
@@ -56,6 +95,7 @@ class _TeacherRoute:
 
     teacher: nn.Module
     layers: tuple[int, ...]
+    hidden_layers: tuple[int, ...]
     needs_logits: bool
 
 
@@ -64,7 +104,7 @@ class SignalPlan:
 
     Signals that share a teacher and the question types that they work on share one route: one
     forward of the teacher, on those samples only, which stops after the last layer that any of
-    them needs (a logits signal needs the whole forward).
+    them needs (logits and hidden states need the whole forward).
 
     Args:
         config: The settings.
@@ -91,29 +131,45 @@ class SignalPlan:
         self.signals: list[Signal] = []
         self.routes: dict[str, frozenset[str]] = {}
         layers: dict[str, set[int]] = {}
+        hidden: dict[str, set[int]] = {}
         logits: set[str] = set()
         routed: dict[str, nn.Module] = {}
         for signal in config.active:
             types = frozenset(mixing[signal.name])
             teacher = teachers[signal.teacher]
             route = f"{first_name[id(teacher)]}({', '.join(sorted(types))})"
-            loss = attention_loss(signal, student, teacher)
+            loss = signal_loss(signal, student, teacher)
             self.routes[route] = types
             routed[route] = teacher
-            layers.setdefault(route, set()).update(() if loss is None else loss.teacher_layers)
             if loss is None:
                 logits.add(route)
+            else:
+                of_kind = layers if isinstance(loss, AttentionMapLoss) else hidden
+                of_kind.setdefault(route, set()).update(loss.teacher_layers)
             self.signals.append(Signal(signal, route, mixing[signal.name], loss))
         self._forwards = {
-            route: _TeacherRoute(teacher, tuple(sorted(layers[route])), route in logits)
+            route: _TeacherRoute(
+                teacher,
+                tuple(sorted(layers.get(route, ()))),
+                tuple(sorted(hidden.get(route, ()))),
+                route in logits,
+            )
             for route, teacher in routed.items()
         }
+        # What is trained beside the student, and thrown away afterwards.
+        self.helpers = nn.ModuleDict(
+            {
+                signal.config.name: signal.loss
+                for signal in self.signals
+                if isinstance(signal.loss, HiddenStateLoss)
+            }
+        )
 
     def present(self, routes: Mapping[str, Route]) -> list[Signal]:
         """The signals that have samples in a batch with these routes."""
         return [signal for signal in self.signals if signal.route in routes]
 
-    def run_teachers(self, routes: Mapping[str, Route]) -> dict[str, TeacherOutput]:
+    def run_teachers(self, routes: Mapping[str, Route]) -> dict[str, ForwardOutput]:
         """Run every teacher on its samples, without gradients.
 
         Args:
@@ -122,75 +178,102 @@ class SignalPlan:
         Returns:
             One output for each route, on its teacher's device.
         """
-        outputs: dict[str, TeacherOutput] = {}
+        outputs: dict[str, ForwardOutput] = {}
         for name, route in routes.items():
             forward = self._forwards[name]
             place = next(forward.teacher.parameters()).device
             if place.type != "meta":  # weights that accelerate's hooks bring in; they move inputs
                 route = route.to(place, non_blocking=place.type != "cpu")
             inputs = {**route.inputs, "use_cache": False}
-            with torch.no_grad():
-                if not forward.layers:
-                    outputs[name] = TeacherOutput(None, forward.teacher(**inputs).logits)
-                    continue
-                stops = not forward.needs_logits
-                with capture_attention(
-                    forward.teacher, forward.layers, stop_after_last=stops
-                ) as capture:
-                    output: Any = forward.teacher(**inputs)
-            outputs[name] = TeacherOutput(capture, None if stops else output.logits)
+            stops = not forward.needs_logits and not forward.hidden_layers
+            with torch.no_grad(), contextlib.ExitStack() as stack:
+                capture = None
+                hidden: Mapping[int, Tensor] = {}
+                if forward.layers:
+                    capture = stack.enter_context(
+                        capture_attention(forward.teacher, forward.layers, stop_after_last=stops)
+                    )
+                if forward.hidden_layers:
+                    hidden = stack.enter_context(
+                        capture_hidden_states(forward.teacher, forward.hidden_layers)
+                    )
+                output: Any = forward.teacher(**inputs)
+            logits = output.logits if forward.needs_logits else None
+            outputs[name] = ForwardOutput(capture, hidden, logits)
         return outputs
 
     def losses(
         self,
         signals: Sequence[Signal],
         batch: Mapping[str, Any],
-        teachers: Mapping[str, TeacherOutput],
-        capture: CapturedAttention | None,
-        logits: Tensor | None,
-    ) -> dict[str, Tensor]:
+        teachers: Mapping[str, ForwardOutput],
+        student: ForwardOutput,
+    ) -> dict[str, TaskLoss]:
         """Compute the losses of the signals that have samples in a batch.
 
         Args:
             signals: What `present` gave.
             batch: The batch of `drivekd.data.Collator`.
             teachers: What `run_teachers` gave.
-            capture: The student's captured attention on the whole batch; None if no signal of
-                kind "attention" is present.
-            logits: (B, N, V) logits of the student; None if no logits signal is present.
+            student: What the student's forward on the whole batch left.
 
         Returns:
-            0-d losses by signal name.
+            Losses by signal name.
 
         Raises:
             TokenMismatchError: A teacher saw other tokens than the student; names the record.
         """
         selected: dict[str, tuple[CapturedAttention | None, TokenLayout]] = {}
-        losses: dict[str, Tensor] = {}
+        losses: dict[str, TaskLoss] = {}
         for signal in signals:
             route: Route = batch["routes"][signal.route]
             if signal.route not in selected:
-                selected[signal.route] = _select(route, batch["tokens"], capture)
-            student, tokens = selected[signal.route]
+                selected[signal.route] = _select(route, batch["tokens"], student.capture)
+            own, tokens = selected[signal.route]
             weight = _sample_weight(signal, batch["question_types"], route.rows.device)
             output = teachers[signal.route]
-            if signal.loss is not None:
+            if isinstance(signal.loss, AttentionMapLoss):
                 try:
-                    value = signal.loss(student, output.capture, tokens, weight)
+                    layers = signal.loss(own, output.capture, tokens, weight, reduction="none")
                 except TokenMismatchError as error:
                     raise _with_record(error, signal, route, batch) from error
-                losses[signal.config.name] = value
-                continue
-            if logits is None or output.logits is None:
-                raise ValueError(f"signal {signal.config.name!r} needs logits of both models")
-            losses[signal.config.name] = logit_distillation_loss(
-                logits[route.rows],
-                output.logits.to(logits.device),
-                batch["labels"][route.rows],
-                temperature=signal.config.temperature,
-                sample_weight=weight,
-            )
+            elif signal.loss is not None:
+                states = {n: student.hidden[n][route.rows] for n in signal.student_layers}
+                layers = signal.loss(states, output.hidden, tokens.valid, weight)
+            else:
+                layers = self._logit_loss(signal, batch, route, output, student, weight)[None]
+            types, ids = batch["question_types"], batch.get("record_ids", ())
+            records = [
+                i for i, kind in zip(ids, types, strict=False) if kind in signal.sample_weights
+            ]
+            losses[signal.config.name] = TaskLoss(layers, signal.student_layers, records)
         return losses
+
+    @staticmethod
+    def _logit_loss(
+        signal: Signal,
+        batch: Mapping[str, Any],
+        route: Route,
+        teacher: ForwardOutput,
+        student: ForwardOutput,
+        weight: Tensor | None,
+    ) -> Tensor:
+        if student.logits is None or teacher.logits is None:
+            raise ValueError(f"signal {signal.config.name!r} needs logits of both models")
+        entries = signal.config.vocabulary
+        sizes = (student.logits.shape[-1], teacher.logits.shape[-1])
+        if entries is not None and entries > min(sizes):
+            raise TokenMismatchError(
+                f"signal {signal.config.name!r} compares {entries} entries but the student has "
+                f"{sizes[0]} and the teacher {sizes[1]}; give vocabulary the tokenizer's size"
+            )
+        return logit_distillation_loss(
+            student.logits[route.rows, :, :entries],
+            teacher.logits[..., :entries].to(student.logits.device),
+            batch["labels"][route.rows],
+            temperature=signal.config.temperature,
+            sample_weight=weight,
+        )
 
 
 def depth(model: nn.Module) -> int:
@@ -198,16 +281,25 @@ def depth(model: nn.Module) -> int:
     return decoder_depth(find_decoder(model))
 
 
-def attention_loss(
+def signal_loss(
     signal: SignalConfig, student: nn.Module, teacher: nn.Module
-) -> AttentionMapLoss | None:
-    """The loss of an attention signal with its layers resolved; None for a logits signal."""
-    if signal.student_layers is None or signal.teacher_layers is None or signal.region is None:
+) -> AttentionMapLoss | HiddenStateLoss | None:
+    """The loss of a signal with its layers resolved; None for a logits signal."""
+    if signal.student_layers is None or signal.teacher_layers is None:
         return None
     try:
+        student_layers = resolve_layers(signal.student_layers, depth(student))
+        teacher_layers = resolve_layers(signal.teacher_layers, depth(teacher))
+        if signal.region is None:
+            return HiddenStateLoss(
+                student_layers=student_layers,
+                teacher_layers=teacher_layers,
+                student_width=width(student),
+                teacher_width=width(teacher),
+            )
         return AttentionMapLoss(
-            student_layers=resolve_layers(signal.student_layers, depth(student)),
-            teacher_layers=resolve_layers(signal.teacher_layers, depth(teacher)),
+            student_layers=student_layers,
+            teacher_layers=teacher_layers,
             region=signal.region,
             loss=signal.loss,
             denominator=signal.denominator,

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
-from drivekd.capture import capture_attention
 from drivekd.data.collate import Collator
 from drivekd.projection import GradientProjector
 from drivekd.reweighting import BalancedWeights, OnlineWeights, Reweighting, StaticWeights
 from drivekd.train.config import ANCHOR, DistillConfig
+from drivekd.train.guards import TaskLoss, advise_on_memory, check_finite
 from drivekd.train.metrics import StepMetrics
 from drivekd.train.models import prepare_teachers
-from drivekd.train.signals import Signal, SignalPlan
+from drivekd.train.saving import SurvivingTrainer
+from drivekd.train.signals import Signal, SignalPlan, StudentCapture
+from drivekd.train.speed import Speed
 
 STATE_FILE = "drivekd_state.pt"
 # What a collator's batch holds beside model inputs.
 _BATCH_EXTRAS = frozenset({"tokens", "routes", "question_types", "record_ids"})
 
 
-class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
+class DistillTrainer(SurvivingTrainer):
     """Trains a student on answers and on signals from teachers.
 
     A step runs each teacher, without gradients, on the samples routed to it and no further than
@@ -39,14 +39,17 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
     cross-entropy times the number of micro-batches, so that its gradient has the size of one
     micro-batch's mean whatever the accumulation.
 
-    The logged `loss` is the cross-entropy alone; `drivekd.train.metrics.StepMetrics` names what is
-    logged beside it. A signal with a static weight of 0 costs nothing: its teacher is not loaded,
-    its layers are not captured and its loss is not computed. Where weights are static and nothing
-    is projected, one plain backward serves all losses, and gradients are compared (norms, cosines)
-    on logging steps only. Under torchrun the losses' gradients are averaged over processes and then
-    joined, as `GradientProjector` does: weights, norms and updates are those of all processes
-    together. With `gradient_accumulation_steps` above 1, `projection.every="step"` communicates
-    once per step instead of once per micro-batch.
+    The logged `loss` is the cross-entropy alone; `drivekd.train.metrics.StepMetrics` and
+    `drivekd.train.speed.Speed` name what is logged beside it. A signal with a static weight of 0
+    costs nothing: its teacher is not loaded, its layers are not captured and its loss is not
+    computed.
+
+    Where weights are static and nothing is projected, one plain backward serves all losses, and
+    gradients are compared (norms, cosines) on logging steps only. Under torchrun the losses'
+    gradients are averaged over processes and then joined, as `GradientProjector` does:
+    weights, norms and updates are those of all processes together. With
+    `gradient_accumulation_steps` above 1, `projection.every="step"` communicates once per step
+    instead of once per micro-batch.
 
     Args:
         student: The model to train.
@@ -86,10 +89,14 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
             raise ValueError("model_init is not supported; make the student before the trainer")
         super().__init__(model=student, **trainer_arguments)
         self.distill_config = config
-        self.distill_metrics = StepMetrics(threshold=config.small_share_warning)
+        self.distill_metrics = StepMetrics(
+            threshold=config.small_share_warning, method=config.projection.method
+        )
+        self._speed = Speed()
         self.plan: SignalPlan | None = None
         self.projector: GradientProjector | None = None
         self.reweighting: Reweighting | None = None
+        self._update_done = False
         if config.active:
             self._prepare_signals(teachers, question_types, teacher_dtype, teacher_device)
 
@@ -124,7 +131,12 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         self.plan = SignalPlan(config, self.model, ready, types)
         self.data_collator = collator.with_routes(self.plan.routes)
         self.projector = GradientProjector(
-            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            [
+                parameter
+                for module in (self.model, self.plan.helpers.to(self.args.device))
+                for parameter in module.parameters()
+                if parameter.requires_grad
+            ],
             method=config.projection.method,
             anchor=ANCHOR,
             missing=config.projection.missing,
@@ -133,6 +145,41 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
             seed=config.projection.seed,
         )
         self.reweighting = build_reweighting(config)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train, from the start or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: A checkpoint; "last" or True (the newest of `output_dir`, which
+                must exist); "auto" (the newest, if there is one); None or False for a fresh run.
+            trial: As in `transformers.Trainer`.
+            ignore_keys_for_eval: As in `transformers.Trainer`.
+
+        Returns:
+            What `transformers.Trainer.train` returns.
+
+        Raises:
+            CheckpointError: The checkpoint is damaged, or one could not be written.
+            NonFiniteLossError: A loss is not finite.
+            TrainingMemoryError: Memory ran out; the message says which settings to change.
+            ValueError: There is no checkpoint to resume from, or it does not fit the student.
+        """
+        with advise_on_memory(self.args, self.distill_config):
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Trainer's optimizer; what is trained beside the student gets a group of its own."""
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        helpers = [] if self.plan is None else list(self.plan.helpers.parameters())
+        if is_new and helpers:
+            optimizer.add_param_group({"params": helpers, "weight_decay": 0.0})
+        return optimizer
 
     def training_step(
         self,
@@ -146,14 +193,15 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
             0-d cross-entropy, detached, with `Trainer`'s scaling.
 
         Raises:
-            RuntimeError: A loss is not finite; the message names it and the batch's records.
+            NonFiniteLossError: A loss is not finite; the message names it, its layers and records.
         """
-        with _advice_on_memory():
-            if self.plan is None:
-                loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-                self._note({ANCHOR: loss * self.current_gradient_accumulation_steps}, inputs)
-                return loss
-            return self._distill_step(self.plan, model, inputs, num_items_in_batch)
+        self._restore_total_loss()
+        self._speed.add(inputs.get("attention_mask"), self.state.global_step)
+        if self.plan is None:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            self._note(loss * self.current_gradient_accumulation_steps, {}, inputs)
+            return loss
+        return self._distill_step(self.plan, model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,
@@ -167,9 +215,11 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a row; rows of training also get losses, weights and gradient shares."""
+        """Log a row; rows of training also get losses, weights, shares and speed."""
         if "loss" in logs:
             logs.update(self.distill_metrics.flush())
+            step, processes = self.state.global_step, self.args.world_size
+            logs.update(self._speed.flush(step, self.state.max_steps, processes=processes))
         super().log(logs, start_time)
 
     def _distill_step(
@@ -183,6 +233,9 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
+        if self._update_done:
+            plan.helpers.zero_grad()  # Trainer does so for the student alone
+        self._update_done = self.accelerator.gradient_state.sync_gradients
         routes = inputs.get("routes", {})
         signals = plan.present(routes)
         with self.accelerator.autocast():
@@ -190,21 +243,18 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         if self._compares_gradients():
             # Outside DistributedDataParallel: the projector averages the gradients.
             model = self.model
-        layers = sorted({layer for signal in signals for layer in signal.student_layers})
-        with contextlib.ExitStack() as stack:
-            capture = stack.enter_context(capture_attention(model, layers)) if layers else None
-            stack.enter_context(self.compute_loss_context_manager())
+        with StudentCapture(model, signals) as capture, self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
             cross_entropy: Tensor = loss * self._accumulation(num_items_in_batch)
         logits = outputs["logits"] if any(signal.loss is None for signal in signals) else None
         with self.accelerator.autocast():
-            signal_losses = plan.losses(signals, inputs, teachers, capture, logits)
+            signal_losses = plan.losses(signals, inputs, teachers, capture.output(logits))
         del outputs, logits, capture, teachers
-        losses = {ANCHOR: cross_entropy, **signal_losses}
-        self._backward(losses, signals)
-        self._note(losses, inputs)
+        losses = {name: loss.layers.mean() for name, loss in signal_losses.items()}
+        self._backward({ANCHOR: cross_entropy, **losses}, signals)
+        self._note(cross_entropy, signal_losses, inputs)
         logged: Tensor = cross_entropy.detach() / self.current_gradient_accumulation_steps
         return logged
 
@@ -220,17 +270,19 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         report = self.projector.backward(
             losses, weights=self.reweighting, scaler=self.accelerator.scaler, scale=1.0 / steps
         )
-        is_last = self.accelerator.gradient_state.sync_gradients
-        if is_last and self.distill_config.projection.every == "step":
+        is_step = self.distill_config.projection.every == "step"
+        if is_step and self.accelerator.gradient_state.sync_gradients:
             report = self.projector.step()
         if report is not None:
-            self.distill_metrics.add_report(report)
+            self.distill_metrics.add_report(report, scale=1.0 if is_step else 1.0 / steps)
 
     def _compares_gradients(self) -> bool:
         """Whether this micro-batch's gradients are taken task by task."""
         config = self.distill_config
         if config.projection.method != "none" or config.weighting != "static":
             return True
+        if self.plan is not None and len(self.plan.helpers):
+            return True  # they are outside DistributedDataParallel: the projector averages them
         every = 0 if self.args.logging_strategy == "no" else self.state.logging_steps
         return bool(every) and (self.state.global_step + 1) % int(every) == 0
 
@@ -242,73 +294,48 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
             return 1
         return int(self.current_gradient_accumulation_steps)
 
-    def _note(self, losses: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> None:
+    def _note(
+        self, cross_entropy: Tensor, signals: Mapping[str, TaskLoss], inputs: Mapping[str, Any]
+    ) -> None:
         """Log the losses of a micro-batch; refuse any that is not finite."""
-        values = torch.stack([loss.detach().float() for loss in losses.values()])
-        if not bool(values.isfinite().all()):
-            broken = {
-                name: value
-                for name, value in zip(losses, values.tolist(), strict=True)
-                if not torch.isfinite(torch.tensor(value))
-            }
-            raise RuntimeError(
-                f"step {self.state.global_step + 1}: losses are not finite: {broken}; records of "
-                f"this micro-batch: {inputs.get('record_ids', 'unknown')}. Look at these records, "
-                "lower learning_rate, or use bf16 instead of fp16"
-            )
+        anchor = TaskLoss(cross_entropy.detach()[None], (), inputs.get("record_ids", ()))
+        losses = {ANCHOR: anchor, **signals}
+        check_finite(losses, self.state.global_step + 1)
         self.distill_metrics.add_losses(losses)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.projector is not None and self.args.should_save:
+        if self.args.should_save:
             torch.save(self._distill_state(), Path(output_dir) / STATE_FILE)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load weights through `from_pretrained`, which knows the names they are saved under.
-
-        Trainer's own loading takes the file's names as the module's; those of vision-language
-        models differ, and it then goes on with the start weights and a log line.
-        """
-        model = self.model if model is None else model
-        if not isinstance(model, transformers.PreTrainedModel) or _has_adapters(model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        saved, report = type(model).from_pretrained(
-            resume_from_checkpoint, dtype=model.dtype, output_loading_info=True
-        )
-        if report["missing_keys"] or report["unexpected_keys"]:
-            missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-            raise ValueError(
-                f"{resume_from_checkpoint} does not fit the student: it lacks {missing[:3]} and "
-                f"has {unexpected[:3]} beside"
-            )
-        model.load_state_dict(saved.state_dict())
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.projector is None:
+        file = None if checkpoint is None else Path(checkpoint) / STATE_FILE
+        state = {}
+        if file is not None and file.exists():
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        self.resume_total_loss(state.get("total_loss"))
+        if file is None or self.projector is None or self.plan is None:
             return
-        file = Path(checkpoint) / STATE_FILE
-        if not file.exists():
+        if "projector" not in state:
             raise ValueError(
-                f"{checkpoint} has no {file.name}, the state of projection and weighting: it was "
+                f"{checkpoint} has no state of projection and weighting in {file.name}: it was "
                 "not saved by a run with signals (or with save_only_model). To start a new run "
                 "from its weights, give it as the student instead of resuming"
             )
-        state = torch.load(file, map_location="cpu", weights_only=True)
         self.projector.load_state_dict(state["projector"])
+        self.plan.helpers.load_state_dict(state["helpers"])
         if self.reweighting is not None:
             self.reweighting.load_state_dict(state["reweighting"])
 
     def _distill_state(self) -> dict[str, Any]:
-        if self.projector is None or self.reweighting is None:
-            return {}
-        return {
+        state: dict[str, Any] = {"total_loss": self._total_loss_scalar}
+        if self.plan is None or self.projector is None or self.reweighting is None:
+            return state
+        return state | {
             "projector": self.projector.state_dict(),
             "reweighting": self.reweighting.state_dict(),
+            "helpers": self.plan.helpers.state_dict(),
         }
 
 
@@ -323,10 +350,6 @@ def build_reweighting(config: DistillConfig) -> Reweighting:
     return StaticWeights(weights, **options)
 
 
-def _has_adapters(model: nn.Module) -> bool:
-    return getattr(model, "peft_config", None) is not None
-
-
 def _question_types(dataset: Any) -> set[str]:
     """The question types of a data set of records."""
     try:
@@ -336,17 +359,3 @@ def _question_types(dataset: Any) -> set[str]:
             "the question types cannot be read from train_dataset, which is no sequence of "
             "drivekd.data.Record; pass question_types"
         ) from error
-
-
-@contextlib.contextmanager
-def _advice_on_memory() -> Iterator[None]:
-    """Say on an out-of-memory error what to change; the error goes on as it is."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        error.add_note(
-            "drivekd: lower per_device_train_batch_size and raise gradient_accumulation_steps, set "
-            "gradient_checkpointing, load teachers in bfloat16, give signals fewer layers, or set "
-            "projection.method none with weighting static (one backward instead of one per signal)"
-        )
-        raise

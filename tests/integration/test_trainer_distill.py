@@ -7,6 +7,7 @@ import torch
 import transformers
 import yaml
 
+from drivekd.cli import main
 from drivekd.data import save_records
 from drivekd.errors import DataError, RecipeError, TokenMismatchError
 from drivekd.train import JsonlLogger, distill, load_model, load_recipe
@@ -188,3 +189,47 @@ def test_resumed_log_drops_rows_after_the_checkpoint(tmp_path):
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, '{"step": 4, "lo']))
     JsonlLogger().on_train_begin(args, state, transformers.TrainerControl())
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
+
+
+KITCHEN = """
+base: kitchen_models.yaml
+distill:
+  signals:
+    - {name: smell, teacher: nose, student_layers: first, teacher_layers: first, region: full}
+    - name: taste
+      teacher: tongue
+      student_layers: penultimate
+      teacher_layers: penultimate
+      region: text_to_vision
+      loss: cosine
+  mixing:
+    soup: {smell: 1.0, taste: 0.5}
+    cake: {taste: 1.0}
+"""
+
+
+def test_another_domain_works_by_recipe_alone(checkpoints, tmp_path):
+    """Two capabilities that nobody thought of, one teacher each; nothing but files and the CLI."""
+    records = toy_data.records(tmp_path, ("soup", "cake", "soup", "cake"))
+    save_records(records, tmp_path / "kitchen.json")
+    models = {
+        "student": str(checkpoints / "student"),
+        "teachers": {"nose": str(checkpoints / "shallow"), "tongue": str(checkpoints / "deep")},
+        "data": {"train": str(tmp_path / "kitchen.json")},
+        "training": {
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 2,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        },
+    }
+    (tmp_path / "kitchen_models.yaml").write_text(yaml.safe_dump(models))
+    (tmp_path / "kitchen.yaml").write_text(KITCHEN)
+    assert main(["distill", str(tmp_path / "kitchen.yaml"), "training.learning_rate=1e-3"]) == 0
+    load_model(tmp_path / "run" / "student")
+    rows = [row for row in rows_of(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert {"smell/share", "taste/share", "cosine/smell/taste"} <= set().union(*rows)

@@ -5,8 +5,18 @@ import yaml
 
 from drivekd.errors import RecipeError
 from drivekd.train import load_recipe
+from drivekd.train.signals import SignalPlan
+from drivekd.train.trainer import build_reweighting
+from tests.helpers import toy_models
 
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).resolve().parents[2] / "recipes"
+# Files that start with _ hold settings which recipes share.
+RECIPES = sorted(file for file in FOLDER.rglob("*.yaml") if not file.name.startswith("_"))
+
+
+def path_of(file):
+    return file.relative_to(FOLDER).with_suffix("").as_posix()
+
 
 # Not about driving: two capabilities of an assistant that reads charts and recipes.
 CHARTS = {
@@ -58,17 +68,77 @@ def test_reads_a_recipe_about_anything(write):
     assert recipe.data.root == "pictures" and recipe.data.eval is None
 
 
-@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_shipped_recipe_is_valid(file):
+@pytest.fixture(scope="module")
+def tiny():
+    """Student and teacher of both families, the teacher deeper."""
+    families = {"internvl": toy_models.internvl, "qwen2_5_vl": toy_models.qwen2_5_vl}
+    return {name: (make(layers=4), make(layers=6)) for name, make in families.items()}
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=path_of)
+def test_shipped_recipe_is_valid_and_builds_its_signals(file, tiny):
     recipe = load_recipe(file)
-    assert recipe.distill.signals
-    types = set(recipe.distill.mixing)
-    assert recipe.distill.resolve_mixing(types)
-    assert recipe.training["output_dir"].endswith(file.stem)
+    types = {"perception", "reasoning", "planning"}
+    family = "qwen2_5_vl" if "Qwen2.5-VL-3B" in recipe.student else "internvl"
+    assert (family == "qwen2_5_vl") == ("qwen2_5_vl" in path_of(file))
+    assert recipe.training["output_dir"] == f"runs/{path_of(file)}"
+    student, teacher = tiny[family]
+    plan = SignalPlan(recipe.distill, student, dict.fromkeys(recipe.teachers, teacher), types)
+    assert [signal.config.name for signal in plan.signals] == list(recipe.distill.names)
+    assert bool(plan.signals) == (file.stem != "ce")
+    build_reweighting(recipe.distill)
+
+
+def test_both_model_pairs_have_the_same_recipes():
+    paths = {path_of(file) for file in RECIPES}
+    other = {path.removeprefix("qwen2_5_vl/") for path in paths if path.startswith("qwen2_5_vl/")}
+    assert other == {path for path in paths if not path.startswith("qwen2_5_vl/")}
+
+
+# Rows of Table 3: kind, student layers, region and loss of each signal; projection.
+MIDDLE = "0..-2"
+TABLE3 = {
+    "ce": ([], "none"),
+    "full_first": ([("attention", "first", "full", "mse")], "none"),
+    "text_to_vision_middle": ([("attention", MIDDLE, "text_to_vision", "mse")], "none"),
+    "text_to_vision_middle_inner": ([("attention", "1..-3", "text_to_vision", "mse")], "none"),
+    "full_penultimate": ([("attention", "penultimate", "full", "mse")], "none"),
+    "cosine_first": ([("attention", "first", "text_to_vision", "cosine")], "none"),
+    "cosine_middle": ([("attention", MIDDLE, "full", "cosine")], "none"),
+    "cosine_penultimate": ([("attention", "penultimate", "text_to_vision", "cosine")], "none"),
+}
+SINGLE = {
+    "perception": ("attention", "first", "text_to_vision", "mse"),
+    "reasoning": ("attention", MIDDLE, "full", "mse"),
+    "planning": ("attention", "penultimate", "text_to_vision", "mse"),
+}
+for capability, (_, layers, _, _) in SINGLE.items():
+    TABLE3[f"logit_kl_{capability}"] = ([("logits", None, None, "mse")], "none")
+    TABLE3[f"hidden_{capability}"] = ([("hidden", layers, None, "mse")], "none")
+    TABLE3[f"single_{capability}"] = ([SINGLE[capability]], "none")
+for name, method in {"none": "none", "stage1": "stage1", "stage2": "stage2", "agp": "agp"}.items():
+    TABLE3[f"multi_{name}"] = (list(SINGLE.values()), method)
+
+
+def test_table_3_has_a_recipe_for_every_row():
+    assert set(TABLE3) == {file.stem for file in RECIPES if path_of(file).startswith("table3/")}
+
+
+@pytest.mark.parametrize("name", TABLE3)
+def test_recipes_of_table_3_hold_their_rows_and_the_public_settings(name):
+    recipe = load_recipe(FOLDER / "table3" / f"{name}.yaml")
+    distill, training = recipe.distill, recipe.training
+    signals = [(s.kind, s.student_layers, s.region, s.loss) for s in distill.signals]
+    assert (signals, distill.projection.method) == TABLE3[name]
+    assert distill.weighting == "online" and {s.weight for s in distill.signals} <= {1.0}
+    batch = training["per_device_train_batch_size"], training["gradient_accumulation_steps"]
+    assert batch == (1, 4) and training["learning_rate"] == 5e-5
+    if name.startswith("multi"):
+        assert distill.mixing["planning"] == {"perception": 0.1, "reasoning": 0.1, "planning": 0.8}
 
 
 def test_multi_recipe_holds_the_public_layers():
-    file = next(file for file in RECIPES if file.stem == "multi")
+    file = next(file for file in RECIPES if path_of(file) == "multi")
     signals = {signal.name: signal for signal in load_recipe(file).distill.signals}
     layers = {name: (s.student_layers, s.teacher_layers, s.region) for name, s in signals.items()}
     assert layers == {
@@ -182,3 +252,45 @@ def test_file_that_is_no_recipe_is_refused(write, text, message):
 def test_missing_file_is_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"absent.yaml cannot be read"):
         load_recipe(tmp_path / "absent.yaml")
+
+
+def test_base_is_merged_key_by_key(tmp_path):
+    files = {
+        "base": CHARTS,
+        "other": {"student": "other", "teachers": {"cook": "chef"}},
+        "recipe": {
+            "base": ["base.yaml", "other.yaml"],
+            "distill": {
+                "signals": {"taste": {"temperature": 1.5}, 0: {"share": 0.3}},
+                "mixing": None,
+            },
+            "training": {"max_steps": 9},
+        },
+    }
+    for name, tree in files.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["training.learning_rate=1"])
+    assert recipe.student == "other"
+    assert recipe.teachers == {"axis-reader": "large", "cook": "chef"}
+    read_axis, taste = recipe.distill.signals
+    assert (taste.temperature, read_axis.share, read_axis.loss) == (1.5, 0.3, "cosine")
+    assert recipe.distill.mixing is None
+    assert recipe.training == {"output_dir": "out", "learning_rate": 1, "max_steps": 9}
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"base": "recipe.yaml"}, "is its own base: recipe.yaml"),
+        ({"base": "absent.yaml"}, "absent.yaml cannot be read"),
+        ({"base": 3}, "base is the int 3, wanted a path or a list of paths"),
+        ({"base": "charts.yaml", "distill": {"signals": {"tast": {}}}}, "did you mean 'taste'"),
+        ({"base": "charts.yaml", "studnt": "x"}, "unknown key studnt; did you mean 'student'"),
+    ],
+)
+def test_mistake_in_a_base_is_named(tmp_path, tree, message):
+    (tmp_path / "charts.yaml").write_text(yaml.safe_dump(CHARTS))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(tmp_path / "recipe.yaml")
+    assert str(tmp_path) in str(caught.value)

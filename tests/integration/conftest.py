@@ -1,0 +1,76 @@
+"""A trainer over toy models and eight records."""
+
+import copy
+
+import pytest
+from transformers import TrainingArguments
+
+from drivekd.train import DistillTrainer
+from tests.helpers import toy_data, toy_models
+from tests.helpers.trainers import (
+    TYPES,
+    make_collator,
+)
+
+
+@pytest.fixture(scope="module")
+def base():
+    """Student with 3 layers; teachers with 3, 5 and 4 layers and other head counts."""
+    return {
+        "student": toy_models.internvl(layers=3, hidden=32, heads=4, kv_heads=2, seed=1),
+        "a": toy_models.internvl(layers=3, hidden=64, heads=4, kv_heads=4, seed=2),
+        "b": toy_models.internvl(layers=5, hidden=48, heads=6, kv_heads=2, seed=3),
+        "c": toy_models.internvl(layers=4, hidden=32, heads=2, kv_heads=1, seed=4),
+    }
+
+
+@pytest.fixture
+def models(base):
+    return {name: copy.deepcopy(model) for name, model in base.items()}
+
+
+@pytest.fixture
+def make(models, tmp_path):
+    """Make a trainer over eight records in order; changes are TrainingArguments."""
+
+    def make(
+        config,
+        *,
+        student=None,
+        teachers=None,
+        records=None,
+        eval_records=None,
+        callbacks=None,
+        **changes,
+    ):
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 4,
+            "max_steps": 2,
+            "learning_rate": 0.05,
+            "lr_scheduler_type": "constant",
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "train_sampling_strategy": "sequential",
+            "dataloader_pin_memory": False,
+        }
+        settings |= changes
+        student = models["student"] if student is None else student
+        records = toy_data.records(tmp_path, TYPES) if records is None else records
+        return DistillTrainer(
+            student,
+            {n: models[n] for n in "abc"} if teachers is None else teachers,
+            config,
+            args=TrainingArguments(**settings),
+            data_collator=make_collator(tmp_path, student.config),
+            train_dataset=records,
+            eval_dataset=eval_records,
+            callbacks=callbacks,
+        )
+
+    return make
