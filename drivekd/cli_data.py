@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from drivekd.errors import DataError
 
 if TYPE_CHECKING:
     from drivekd.data.check import Checker, Problem
+    from drivekd.data.reading import Entry
     from drivekd.data.records import TypeNames
 
 OK, FOUND_PROBLEMS = 0, 1
@@ -138,7 +139,11 @@ def _run_check(settings: argparse.Namespace) -> int:
     counts: Counter[str] = Counter()
     shown: dict[str, list[Problem]] = {}
     for problem in checker.check(
-        Split(str(file), read_entries(file, settings.format, names), settings.root or file.parent)
+        Split(
+            str(file),
+            _not_none(read_entries(file, settings.format, names)),
+            settings.root or file.parent,
+        )
         for file in settings.files
     ):
         counts[problem.kind] += 1
@@ -149,6 +154,16 @@ def _run_check(settings: argparse.Namespace) -> int:
     else:
         _print_report(checker, counts, shown)
     return FOUND_PROBLEMS if counts else OK
+
+
+def _not_none(entries: Iterator[Entry]) -> Iterator[Entry]:
+    """The entries; a file without any is a fault."""
+    found = False
+    for entry in entries:
+        found = True
+        yield entry
+    if not found:
+        raise DataError("holds no records")
 
 
 def _checker(settings: argparse.Namespace) -> Checker:
@@ -195,7 +210,7 @@ def _as_json(
     checker: Checker, counts: Counter[str], shown: dict[str, list[Problem]]
 ) -> dict[str, object]:
     return {
-        "files": {name: dataclasses.asdict(s) for name, s in checker.summaries.items()},
+        "files": {name: vars(summary) for name, summary in checker.summaries.items()},
         "counts": counts,
         "problems": [dataclasses.asdict(p) for problems in shown.values() for p in problems],
     }

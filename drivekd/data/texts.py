@@ -29,7 +29,7 @@ _SPECIAL = re.compile(
 )
 _GARBLED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")
 _OPTION = re.compile(r"(?<![\w.'<,-])([A-Z])[.):]\s+(?=\S)")
-_CHOICE = re.compile(r"\s*(?:final\s*(?:answer)?\s*[:=]\s*)?[\s{(]*([A-Z])(?:[.):}]\s*|\s*$)(.*)")
+_CHOICE = re.compile(r"\s*(?i:final\s*(?:answer)?\s*[:=]\s*)?[\s{(]*([A-Z])(?:[.):}]\s*|\s*$)(.*)")
 _NOT_WORDS = re.compile(r"[\W_]+")
 
 
