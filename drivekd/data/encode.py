@@ -15,6 +15,7 @@ from drivekd.data.conversation import (
     Template,
     Turn,
     check_record,
+    check_reserved,
     count_placeholders,
     describe_record,
     load_image,
@@ -153,7 +154,8 @@ class SingleTileEncoder:
 
     def _encode(self, record: Record, *, needs_answer: bool) -> tuple[list[int], list[int]]:
         """Ids and labels; earlier answers are cut out in prompts too, so that both agree."""
-        self._check(record, needs_answer=needs_answer)
+        check_record(record, needs_answer=needs_answer)
+        check_reserved(record, self._reserved)
         turns = turns_of(record, drop_answer=not needs_answer)
         ids: list[int] = []
         labels: list[int] = []
@@ -163,16 +165,6 @@ class SingleTileEncoder:
             ids += piece_ids
             labels += piece_ids if piece.is_answer else [IGNORE_INDEX] * len(piece_ids)
         return ids, labels
-
-    def _check(self, record: Record, *, needs_answer: bool) -> None:
-        check_record(record, needs_answer=needs_answer)
-        for message in record.messages:
-            for token in self._reserved:
-                if token in message.content:
-                    raise DataError(
-                        f"{describe_record(record)}: a message holds the reserved token "
-                        f"{token!r}; write {IMAGE_PLACEHOLDER} where an image goes"
-                    )
 
     def _template(self, turns: Sequence[Turn]) -> Template:
         messages = [{"role": role, "content": content} for role, content in turns]
@@ -237,6 +229,9 @@ class ProcessorEncoder:
         if not getattr(processor, "chat_template", None):
             raise ValueError("processor has no chat template; set processor.chat_template")
         self.processor = processor
+        image_token = getattr(processor, "image_token", None)
+        is_ours = image_token in (None, IMAGE_PLACEHOLDER)
+        self._reserved = () if is_ours else (str(image_token),)
         self.root = None if root is None else Path(root)
 
     def __call__(self, record: Record) -> dict[str, Tensor]:
@@ -254,6 +249,7 @@ class ProcessorEncoder:
                 or prompt and whole conversation do not share their first tokens.
         """
         check_record(record, needs_answer=True)
+        check_reserved(record, self._reserved)
         turns = turns_of(record, drop_answer=False)
         pieces = split_answers(record, turns, self._template(turns))
         images = [load_image(record, path, self.root) for path in record.images]
@@ -285,6 +281,7 @@ class ProcessorEncoder:
             DataError: As in `__call__`.
         """
         check_record(record, needs_answer=False)
+        check_reserved(record, self._reserved)
         turns = turns_of(record, drop_answer=True)
         images = [load_image(record, path, self.root) for path in record.images]
         pieces = split_answers(record, turns, self._template(turns))

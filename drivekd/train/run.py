@@ -125,7 +125,8 @@ def _load_splits(recipe: Recipe, root: Path) -> dict[str, list[Record]]:
         if not found:
             continue
         shown = "\n".join(f"  {problem}" for problem in found[:_PROBLEMS_SHOWN])
-        text = f"{len(found)} {which} records, of which the first are:\n{shown}"
+        count = len({(problem.split, problem.index) for problem in found})
+        text = f"{count} {which} records, of which the first are:\n{shown}"
         if is_fatal:
             raise DataError(text)
         _LOG.warning("%s", text)

@@ -313,6 +313,17 @@ def test_processor_whose_prompt_changes_with_the_answer_is_refused(root):
         encoder(make_record("<image> how many ?", "two cars"))
 
 
+def test_processor_refuses_its_own_image_token_in_a_message(root):
+    processor = FakeProcessor()
+    processor.image_token = "<IMG>"
+    encoder = ProcessorEncoder(processor, root=root)
+    record = make_record("<image> look <IMG>", "yes")
+    for encode in (encoder, encoder.encode_prompt):
+        with pytest.raises(DataError, match=r"'q7'.*reserved token '<IMG>'"):
+            encode(record)
+    encoder(make_record("<image> look", "yes"))
+
+
 def test_processor_errors_name_the_record(root):
     encoder = ProcessorEncoder(FakeProcessor(), root=root)
     with pytest.raises(DataError, match=r"'q7'.*gone.png does not exist"):
