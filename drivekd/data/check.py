@@ -63,6 +63,7 @@ UNUSABLE_KINDS = frozenset(
         "empty_answer",
     }
 )
+_SHOWN_PATH = 200  # characters
 PUBLIC_TYPES = ("perception", "reasoning", "planning")
 
 
@@ -88,7 +89,8 @@ class Problem:
         where = f"{self.split}[{self.index}]" if self.split else f"record {self.index}"
         if self.index < 0:
             where = self.split
-        return f"{where}{f' ({self.id})' if self.id else ''}: {self.message}"
+        text = f"{where}{f' ({self.id})' if self.id else ''}: {self.message}"
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @dataclass
@@ -180,7 +182,7 @@ class Checker:
                 for kind, text in self._check_entry(entry, split, ids, paths):
                     yield Problem(entry.index, entry.id, kind, text, split.name)  # type: ignore[arg-type]
         except DataError as error:
-            yield Problem(-1, "", "file", str(error), split.name)
+            yield Problem(-1, "", "file", str(error).removeprefix(f"{split.name} "), split.name)
         summary.images = len(paths)
 
     def _check_entry(
@@ -210,12 +212,13 @@ class Checker:
     def _check_image(
         self, path: str, report: ImageReport, key: bytes, split: str
     ) -> Iterator[Finding]:
+        name = path if len(path) <= _SHOWN_PATH else f"{path[:_SHOWN_PATH]}..."
         if fault := check_path(path):
-            yield "image_path", f"image {path!r} {fault}"
+            yield "image_path", f"image {name!r} {fault}"
         for kind, text in report.findings:
-            yield kind, f"image {path} {text}"
+            yield kind, f"image {name} {text}"
         if self._frames.setdefault(key, split) != split:
-            yield "frame_in_two_splits", f"image {path} is also in split {self._frames[key]!r}"
+            yield "frame_in_two_splits", f"image {name} is also in split {self._frames[key]!r}"
 
     def _check_length(self, record: Record) -> Iterator[Finding]:
         if self._count_tokens is None or self._max_length is None:

@@ -111,6 +111,13 @@ def test_says_what_is_there_in_place_of_a_missing_image(root):
     assert "does not exist; there is 'a.png'" in problem.message
 
 
+def test_a_problem_is_one_short_line_whatever_the_record_holds(root):
+    records = [_record(images=("gone\n\x1b[0m.png",), id="a\nb"), _record(images=("x" * 9999,))]
+    for problem in check_records(records, root):
+        assert str(problem).isprintable()
+        assert len(str(problem)) < 300
+
+
 @pytest.mark.parametrize(
     ("roles", "kinds"),
     [
@@ -268,7 +275,7 @@ def test_a_made_up_file_full_of_faults_is_read_to_its_end(root, capsys):
     assert f"  {train}[3]: messages is missing" in out
     assert "image_missing: 8\n" in out and "... and 3 more (--all lists them)" in out
     assert f"  {train}[4] (0): image gone0.png does not exist" in out
-    assert f"  {test}: {test} is not valid JSON" in out
+    assert f"  {test}: is not valid JSON" in out
     assert f"  {test}[0]: image a.png is also in split {train!r}" in out
     assert f"  {empty}: holds no records" in out
     assert f"{train}: 12 records (axis 9), 9 images, 11 problems" in out
