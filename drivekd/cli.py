@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from drivekd.cli_data import FOUND_PROBLEMS, OK, add_data_commands
 from drivekd.errors import (
     BackendUnavailableError,
     CaptureError,
@@ -39,7 +40,7 @@ EXPECTED_ERRORS = (
     ImportError,
     OSError,
 )
-OK, FOUND_PROBLEMS, FAILED = 0, 1, 2
+FAILED = 2
 
 _DESCRIPTION = """\
 drivekd distils large driving vision-language models into small ones: the student learns where its
@@ -61,6 +62,7 @@ examples:
   drivekd verify recipes/multi.yaml                   fused losses against eager ones
   drivekd data check train.json --root images/
   drivekd doctor OpenGVLab/InternVL3-8B-hf            what its parts as a teacher would cost
+  drivekd data convert llava.json --output train.jsonl --question-type perception
   drivekd evaluate runs/a/student test.json --blank --reference train.json
 
 where things go:
@@ -68,7 +70,7 @@ where things go:
   distill     training.output_dir of the recipe: student/, log.jsonl, checkpoint-*/
   verify      there too: verify.json
   report      report.html beside the run's log.jsonl
-  the others  to the terminal; --json (doctor, evaluate) for programs
+  the others  to the terminal; --json (data, doctor, evaluate) for programs
 
 exit codes:
   0 all is well   1 the command ran and found problems   2 it could not do what was asked
@@ -123,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_distill(commands)
     _add_verify(commands)
     _add_report(commands)
-    _add_data(commands)
+    add_data_commands(commands, _add_command)
     _add_evaluate(commands)
     _add_doctor(commands)
     return parser
@@ -230,25 +232,6 @@ def _add_report(commands: Any) -> None:
     command.add_argument("folder", type=Path, metavar="RUN", help="training.output_dir of a run")
 
 
-def _add_data(commands: Any) -> None:
-    data = commands.add_parser("data", help="check files of records")
-    actions = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    check = _add_command(
-        actions,
-        "check",
-        _run_data_check,
-        help="read records, name every problem",
-        description="Read files of records (JSON or JSON lines with messages, images, "
-        "question_type) and name every\nproblem, a picture in two files too. Exit code 1 if there "
-        "are any.",
-    )
-    check.set_defaults(command="data check")
-    check.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    check.add_argument(
-        "--root", type=Path, metavar="DIR", help="where image paths start; default: each file's own"
-    )
-
-
 def _add_evaluate(commands: Any) -> None:
     command = _add_command(
         commands,
@@ -349,29 +332,6 @@ def _run_report(settings: argparse.Namespace) -> int:
 
     print(f"report: {write_training_report(settings.folder)}")
     return OK
-
-
-def _run_data_check(settings: argparse.Namespace) -> int:
-    from drivekd.data import check_records, load_records
-
-    records = {file: load_records(file) for file in settings.files}
-    by_root: dict[Path, list[Path]] = {}
-    for file in records:
-        by_root.setdefault(settings.root or file.parent, []).append(file)
-    problems = [
-        problem
-        for root, files in by_root.items()  # together, so that a frame in two splits is found
-        for problem in check_records({str(file): records[file] for file in files}, root)
-    ]
-    for problem in problems:
-        print(problem)
-    for file, members in records.items():
-        kinds = ", ".join(sorted({record.question_type for record in members})) or "empty"
-        images = len({image for record in members for image in record.images})
-        count = sum(problem.split == str(file) for problem in problems)
-        found = f"{count or 'no'} problem{'' if count == 1 else 's'}"
-        print(f"{file}: {len(members):,} records ({kinds}), {images:,} images, {found}")
-    return FOUND_PROBLEMS if problems else OK
 
 
 def _run_evaluate(settings: argparse.Namespace) -> int:

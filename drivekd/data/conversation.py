@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
+from drivekd.data.pictures import is_deep
 from drivekd.data.records import IMAGE_PLACEHOLDER
 from drivekd.errors import DataError
 
@@ -43,7 +44,7 @@ def load_image(record: Record, path: str, root: Path | None) -> Image.Image:
     full = Path(path) if root is None else root / path
     try:
         with Image.open(full) as image:
-            if image.mode == "F" or image.mode.startswith("I"):
+            if is_deep(image.mode):
                 raise DataError(
                     f"{describe_record(record)}: image {full} has mode {image.mode!r}; images "
                     "need 8 bits a channel, convert it first"
@@ -89,6 +90,17 @@ def check_record(record: Record, *, needs_answer: bool) -> None:
             f"{name}: {placeholders} {IMAGE_PLACEHOLDER} placeholders but {len(record.images)} "
             f"images {list(record.images)}; each image needs exactly one placeholder"
         )
+
+
+def check_reserved(record: Record, tokens: Sequence[str]) -> None:
+    """Check that no message holds a token that stands for an image's place in the model."""
+    for message in record.messages:
+        for token in tokens:
+            if token in message.content:
+                raise DataError(
+                    f"{describe_record(record)}: a message holds the reserved token "
+                    f"{token!r}; write {IMAGE_PLACEHOLDER} where an image goes"
+                )
 
 
 class Piece(NamedTuple):

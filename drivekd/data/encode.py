@@ -15,6 +15,7 @@ from drivekd.data.conversation import (
     Template,
     Turn,
     check_record,
+    check_reserved,
     count_placeholders,
     describe_record,
     load_image,
@@ -153,7 +154,8 @@ class SingleTileEncoder:
 
     def _encode(self, record: Record, *, needs_answer: bool) -> tuple[list[int], list[int]]:
         """Ids and labels; earlier answers are cut out in prompts too, so that both agree."""
-        self._check(record, needs_answer=needs_answer)
+        check_record(record, needs_answer=needs_answer)
+        check_reserved(record, self._reserved)
         turns = turns_of(record, drop_answer=not needs_answer)
         ids: list[int] = []
         labels: list[int] = []
@@ -163,10 +165,6 @@ class SingleTileEncoder:
             ids += piece_ids
             labels += piece_ids if piece.is_answer else [IGNORE_INDEX] * len(piece_ids)
         return ids, labels
-
-    def _check(self, record: Record, *, needs_answer: bool) -> None:
-        check_record(record, needs_answer=needs_answer)
-        _refuse_reserved(record, self._reserved)
 
     def _template(self, turns: Sequence[Turn]) -> Template:
         messages = [{"role": role, "content": content} for role, content in turns]
@@ -253,7 +251,7 @@ class ProcessorEncoder:
                 do not share their first tokens.
         """
         check_record(record, needs_answer=True)
-        _refuse_reserved(record, self._reserved)
+        check_reserved(record, self._reserved)
         turns = turns_of(record, drop_answer=False)
         pieces = split_answers(record, turns, self._template(turns))
         images = [load_image(record, path, self.root) for path in record.images]
@@ -285,7 +283,7 @@ class ProcessorEncoder:
             DataError: As in `__call__`.
         """
         check_record(record, needs_answer=False)
-        _refuse_reserved(record, self._reserved)
+        check_reserved(record, self._reserved)
         turns = turns_of(record, drop_answer=True)
         images = [load_image(record, path, self.root) for path in record.images]
         pieces = split_answers(record, turns, self._template(turns))
@@ -326,17 +324,6 @@ class ProcessorEncoder:
                 "of the whole conversation, so the answer cannot be told from the prompt"
             )
         return len(prefix)
-
-
-def _refuse_reserved(record: Record, tokens: Sequence[str]) -> None:
-    """Image tokens in a message would stand for patches that no image gives."""
-    for message in record.messages:
-        for token in tokens:
-            if token in message.content:
-                raise DataError(
-                    f"{describe_record(record)}: a message holds the reserved token "
-                    f"{token!r}; write {IMAGE_PLACEHOLDER} where an image goes"
-                )
 
 
 def _content(text: str) -> list[dict[str, str]]:

@@ -3,7 +3,8 @@
 A file is a JSON list of objects, a JSON object holding that list under ``data``, ``items``,
 ``samples``, ``dataset`` or ``records``, or JSON lines. Each object has ``messages`` (``role`` and
 ``content``, with an ``<image>`` placeholder per image), ``images`` (paths) and ``question_type``;
-``id`` and ``meta`` are optional additions.
+``id`` and ``meta`` are optional additions. In place of ``messages`` there may be ``question`` and
+``answer``. `drivekd.data.formats` reads other layouts.
 
 Source: layout of ``data/demo.json`` and the reading rules of ``qa_loader.py`` in the public
 Drive-KD code. Unlike that code, nothing is dropped silently: every message is kept, and what cannot
@@ -20,15 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from drivekd.data.files import is_lines_file
 from drivekd.errors import DataError
 
 ROLES = ("system", "user", "assistant")
 IMAGE_PLACEHOLDER = "<image>"
 
-_LIST_KEYS = ("data", "items", "samples", "dataset", "records")
 _TYPE_KEYS = ("question_type", "type", "capability")
 _CAPABILITY_PREFIXES = {"percep": "perception", "reason": "reasoning", "plan": "planning"}
-_LINE_SUFFIXES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -107,55 +107,77 @@ def normalize_question_type(name: str) -> str:
     return stripped
 
 
-def load_records(path: str | os.PathLike[str]) -> list[Record]:
-    """Read records from a ``.json``, ``.jsonl`` or ``.ndjson`` file.
+@dataclass(frozen=True)
+class TypeNames:
+    """How a file's names of question types become ours.
 
     Args:
-        path: The file.
-
-    Returns:
-        The records in file order. Keys that a record does not know go into ``meta``.
-
-    Raises:
-        DataError: If the file is missing, is not JSON, holds no list of records, or a record is
-            not usable; the message names the file and the record's index.
+        default: The type of records that name none; empty if there must be one.
+        rename: Names found in the file, and what to call them.
     """
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
-    items = _parse_lines(text, file) if file.suffix in _LINE_SUFFIXES else _parse_json(text, file)
-    records = []
-    for index, item in enumerate(items):
-        try:
-            records.append(_record_from_json(item))
-        except (DataError, TypeError) as error:
-            raise DataError(f"{file}, record {index}: {error}") from error
-    return records
+
+    default: str = ""
+    rename: Mapping[str, str] = field(default_factory=dict)
+
+    def resolve(self, name: str) -> str:
+        """The type that a name stands for."""
+        normal = normalize_question_type(name)
+        return self.rename.get(name.strip(), self.rename.get(normal, normal))
+
+    def of(self, item: Mapping[str, Any]) -> tuple[str, str]:
+        """The type of an item, and the key that said it (empty for the default).
+
+        Raises:
+            DataError: If there is none, it is no text, or two keys disagree.
+        """
+        named = [key for key in _TYPE_KEYS if item.get(key) is not None]
+        if not named and self.default:
+            return self.default, ""
+        if not named:
+            raise DataError(
+                f"has no question type; one of {', '.join(_TYPE_KEYS)} is needed, or a type for "
+                "all such records (--question-type)"
+            )
+        if "question_type" in named:
+            named = ["question_type"]
+        values = [item[key] for key in named]
+        if not all(isinstance(value, str) and value.strip() for value in values):
+            raise DataError(f"{named[0]} must be a string that is not empty")
+        names = [self.resolve(value) for value in values]
+        if len(set(names)) > 1:
+            raise DataError(
+                f"{' and '.join(named)} disagree ({', '.join(names)}); set question_type"
+            )
+        return names[0], named[0]
 
 
-def save_records(records: Iterable[Record], path: str | os.PathLike[str]) -> None:
+def save_records(records: Iterable[Record], path: str | os.PathLike[str]) -> int:
     """Write records, one a line, so that the file is either the old one or the whole new one.
 
     Args:
-        records: The records.
-        path: A ``.json`` file (a list) or a ``.jsonl`` / ``.ndjson`` file; its folder is made.
+        records: The records; an iterator is written as it comes.
+        path: A ``.jsonl`` / ``.ndjson`` file, or a ``.json`` file (a list); its folder is made.
+
+    Returns:
+        The number of records.
 
     Raises:
         TypeError: If a ``meta`` holds something that is not a JSON value.
+        ValueError: If a ``meta`` holds NaN or an infinity.
     """
     file = Path(path)
-    lines = [json.dumps(_record_to_json(record), ensure_ascii=False) for record in records]
-    if file.suffix in _LINE_SUFFIXES:
-        text = "".join(line + "\n" for line in lines)
-    else:
-        text = "[\n" + ",\n".join(lines) + "\n]\n"
+    start, between, end = ("", "\n", "\n") if is_lines_file(file) else ("[\n", ",\n", "\n]\n")
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
+    count = 0
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
+            stream.write(start)
+            for record in records:
+                line = json.dumps(_record_to_json(record), ensure_ascii=False, allow_nan=False)
+                stream.write(between + line if count else line)
+                count += 1
+            stream.write(end if count or start else "")
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -163,6 +185,7 @@ def save_records(records: Iterable[Record], path: str | os.PathLike[str]) -> Non
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    return count
 
 
 def _umask() -> int:
@@ -171,38 +194,68 @@ def _umask() -> int:
     return mask
 
 
-def _parse_json(text: str, file: Path) -> list[Any]:
-    try:
-        root = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file} is not valid JSON: {error}") from error
-    if isinstance(root, dict):
-        lists = [key for key in _LIST_KEYS if isinstance(root.get(key), list)]
-        if len(lists) != 1:
-            raise DataError(
-                f"{file} is a JSON object with {len(lists)} lists of records; exactly one of the "
-                f"keys {', '.join(_LIST_KEYS)} must hold a list"
-            )
-        root = root[lists[0]]
-    if not isinstance(root, list):
-        raise DataError(f"{file} holds a {type(root).__name__}; a list of records is needed")
-    return root
+def record_from_json(item: Any, names: TypeNames) -> Record:
+    """Make a record of an item in our layout.
+
+    Args:
+        item: The JSON value.
+        names: How its question type is named.
+
+    Returns:
+        The record; keys that it does not know are in ``meta``.
+
+    Raises:
+        DataError: If the item is not usable.
+        TypeError: If a role or content is no text.
+    """
+    item = require_object(item)
+    images = image_paths(item, ("images", "image"))
+    question_type, type_key = names.of(item)
+    known = {"messages", "images", "image", "id", "meta", type_key}
+    if "messages" not in item and isinstance(item.get("question"), str):
+        messages = _question_and_answer(item, len(images))
+        known |= {"question", "answer"}
+    else:
+        messages = _messages(item)
+    return Record(messages, images, question_type, identifier(item), _meta(item, known))
 
 
-def _parse_lines(text: str, file: Path) -> list[Any]:
-    items = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                items.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{file}, line {number} is not valid JSON: {error}") from error
-    return items
-
-
-def _record_from_json(item: Any) -> Record:
+def require_object(item: Any) -> dict[str, Any]:
+    """The item, if it is an object; else a DataError."""
     if not isinstance(item, dict):
         raise DataError(f"is a {type(item).__name__}; a JSON object is needed")
+    return item
+
+
+def image_paths(item: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, ...]:
+    """The image paths under the one of some keys that is there."""
+    given = [key for key in keys if key in item]
+    if len(given) > 1:
+        raise DataError(f"has both {' and '.join(given)}; keep one")
+    images = item[given[0]] if given else []
+    if isinstance(images, str):
+        images = [images]
+    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
+        raise DataError(f"{given[0]} must be a path or a list of paths")
+    return tuple(images)
+
+
+def identifier(item: Mapping[str, Any]) -> str:
+    """The item's id as text, or empty."""
+    value = item.get("id", "")
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(f"id is a {type(value).__name__}; a string or an int is needed")
+    return str(value)
+
+
+def with_placeholders(question: str, count: int) -> str:
+    """A question with a placeholder per image in front, unless it has any already."""
+    if IMAGE_PLACEHOLDER in question:
+        return question
+    return f"{IMAGE_PLACEHOLDER}\n" * count + question
+
+
+def _messages(item: Mapping[str, Any]) -> tuple[Message, ...]:
     messages = item.get("messages")
     if not isinstance(messages, list) or not messages:
         raise DataError("messages is missing or empty; a list of role and content is needed")
@@ -210,42 +263,37 @@ def _record_from_json(item: Any) -> Record:
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise DataError(f"messages[{index}] must be an object with role and content")
-        parsed.append(Message(message["role"], message["content"]))
-    images = item.get("images", [])
-    if isinstance(images, str):
-        images = [images]
-    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
-        raise DataError("images must be a path or a list of paths")
-    identifier = item.get("id", "")
-    if not isinstance(identifier, str | int):
-        raise DataError(f"id is a {type(identifier).__name__}; a string or an int is needed")
-    question_type, type_key = _question_type(item)
-    return Record(
-        messages=tuple(parsed),
-        images=tuple(images),
-        question_type=question_type,
-        id=str(identifier),
-        meta=_meta(item, {"messages", "images", "id", "meta", type_key}),
-    )
+        parsed.append(Message(message["role"], _text(message["content"])))
+    return tuple(parsed)
 
 
-def _question_type(item: dict[str, Any]) -> tuple[str, str]:
-    """Name the capability and the key that said it."""
-    named = [key for key in _TYPE_KEYS if key in item]
-    if not named:
-        raise DataError(f"has no question type; one of {', '.join(_TYPE_KEYS)} is needed")
-    if "question_type" in named:
-        named = ["question_type"]
-    values = [item[key] for key in named]
-    if not all(isinstance(value, str) and value.strip() for value in values):
-        raise DataError(f"{named[0]} must be a string that is not empty")
-    names = [normalize_question_type(value) for value in values]
-    if len(set(names)) > 1:
-        raise DataError(f"{' and '.join(named)} disagree ({', '.join(names)}); set question_type")
-    return names[0], named[0]
+def _text(content: Any) -> Any:
+    """A content's text; typed parts become text with placeholders."""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return content
+    texts = []
+    for part in content:
+        kind = part.get("type")
+        if kind == "image" and any(part.get(key) for key in ("image", "path", "url")):
+            raise DataError("content has a part that names its own image; list it under images")
+        if kind == "image":
+            texts.append(IMAGE_PLACEHOLDER)
+        elif kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            raise DataError(f"content has a part of type {kind!r}; text and image are known")
+    return "".join(texts)
 
 
-def _meta(item: dict[str, Any], known: set[str]) -> dict[str, object]:
+def _question_and_answer(item: Mapping[str, Any], num_images: int) -> tuple[Message, ...]:
+    question, answer = item["question"], item.get("answer")
+    if not isinstance(answer, str):
+        raise DataError(f"answer is a {type(answer).__name__}; a string is needed")
+    user = Message("user", with_placeholders(question, num_images))
+    return user, Message("assistant", answer)
+
+
+def _meta(item: Mapping[str, Any], known: set[str]) -> dict[str, object]:
     meta = item.get("meta", {})
     if not isinstance(meta, dict):
         raise DataError(f"meta is a {type(meta).__name__}; a JSON object is needed")

@@ -11,6 +11,7 @@ import transformers
 from transformers.integrations import is_tensorboard_available
 
 from drivekd.data import Collator, Record, check_records, load_records
+from drivekd.data.check import UNUSABLE_KINDS
 from drivekd.errors import DataError, RecipeError, TokenMismatchError
 from drivekd.train import checkpoints
 from drivekd.train.callbacks import JsonlLogger
@@ -21,10 +22,6 @@ from drivekd.train.trainer import DistillTrainer
 
 _LOG = logging.getLogger(__name__)
 _PROBLEMS_SHOWN = 10
-# Kinds of problem that make a record impossible to encode.
-_FATAL = frozenset(
-    {"image_missing", "image_unreadable", "image_count", "no_assistant", "empty_answer"}
-)
 
 
 def distill(recipe: Recipe) -> Path:
@@ -145,13 +142,14 @@ def _load_splits(recipe: Recipe, root: Path) -> dict[str, list[Record]]:
     for file, records in splits.items():
         if not records:
             raise DataError(f"{file} holds no records")
-    problems = check_records(splits, root)
+    problems = check_records(splits, root, question_types=recipe.distill.mixing or None)
     for which, is_fatal in (("unusable", True), ("doubtful", False)):
-        found = [problem for problem in problems if (problem.kind in _FATAL) == is_fatal]
+        found = [problem for problem in problems if (problem.kind in UNUSABLE_KINDS) == is_fatal]
         if not found:
             continue
         shown = "\n".join(f"  {problem}" for problem in found[:_PROBLEMS_SHOWN])
-        text = f"{len(found)} {which} records, of which the first are:\n{shown}"
+        count = len({(problem.split, problem.index) for problem in found})
+        text = f"{count} {which} records, of which the first are:\n{shown}"
         if is_fatal:
             raise DataError(text)
         _LOG.warning("%s", text)

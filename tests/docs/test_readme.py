@@ -1,10 +1,12 @@
 """The README's example and commands, executed or looked up."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import drivekd
 from benchmarks.report import fill
@@ -58,6 +60,24 @@ def test_every_drivekd_command_named_exists(command, capsys):
         main([command, "--help"])
     assert stop.value.code == 0
     assert command in capsys.readouterr().out
+
+
+def test_commands_for_own_records_work_on_the_record_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (record,) = blocks("json")
+    Path("front").mkdir()
+    for name, colour in (("0001", "red"), ("0002", "blue")):
+        picture = Image.new("RGB", (8, 8), colour)
+        picture.putpixel((0, 0), (255, 255, 255))
+        picture.save(f"front/{name}.jpg")
+    Path("test.jsonl").write_text(record)
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A road."}]
+    llava = {"image": "front/0002.jpg", "conversations": turns}
+    Path("llava.json").write_text(json.dumps([llava]))
+    commands = re.findall(r"^drivekd (data (?:convert|check) \S+ (?:--|test).*)$", README, re.M)
+    assert len(commands) == 2
+    for command in commands:
+        assert main(command.split()) == 0, capsys.readouterr()
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.stem)

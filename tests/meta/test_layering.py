@@ -35,20 +35,23 @@ ALLOWED = {
         "demo", "train", "driving", "study", "data", "functional", "capture", "tokens", "errors",
     },
     "doctor": {"ops", "errors", "doctor"},
-    "cli": {"train", "driving", "study", "demo", "data", "doctor", "errors"},
+    "cli": {"train", "driving", "study", "demo", "data", "doctor", "errors", "cli_data"},
+    "cli_data": {"data", "train", "errors"},
 }  # fmt: skip
 
 # Third-party packages that only these may import, and whether only inside functions.
 RESTRICTED = {
     "triton": set(),
-    "transformers": {"capture", "data", "train", "demo", "study", "cli", "doctor"},
+    "transformers": {"capture", "data", "train", "demo", "study", "cli", "cli_data", "doctor"},
+    "datasets": {"data"},
     "highway_env": {"driving"},
     "gymnasium": {"driving"},
     "matplotlib": {"study"},
 }
 LAZY_ONLY = {
-    ("transformers", "capture"), ("transformers", "data"), ("highway_env", "driving"),
-    ("gymnasium", "driving"), ("torch", "driving"),
+    ("transformers", "capture"), ("transformers", "data"), ("datasets", "data"),
+    ("highway_env", "driving"),
+    ("gymnasium", "driving"), ("torch", "driving"), ("transformers", "cli_data"),
 }  # fmt: skip
 
 

@@ -65,7 +65,17 @@ def test_help_says_what_to_try_first_where_outputs_go_and_gives_examples(capsys)
 
 @pytest.mark.parametrize(
     "command",
-    [["demo"], ["distill"], ["verify"], ["data"], ["data", "check"], ["evaluate"], ["doctor"]],
+    [
+        ["demo"],
+        ["distill"],
+        ["verify"],
+        ["report"],
+        ["data"],
+        ["data", "check"],
+        ["data", "convert"],
+        ["evaluate"],
+        ["doctor"],
+    ],
 )
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as left:
@@ -267,24 +277,25 @@ def write_records(folder, name, pictures, *, answer="Final: A. yes"):
 def test_data_check_of_good_files_leaves_with_0(capsys, tmp_path):
     file = write_records(tmp_path, "train", ["red", "blue"])
     assert main(["data", "check", file]) == 0
-    assert capsys.readouterr().out == f"{file}: 2 records (planning), 2 images, no problems\n"
+    assert capsys.readouterr().out == f"{file}: 2 records (planning 2), 2 images, no problems\n"
 
 
 def test_data_check_names_every_problem_and_leaves_with_1(capsys, tmp_path):
     train = write_records(tmp_path / "a", "train", ["red", None])
     test = write_records(tmp_path / "b", "test", ["green"])
     assert main(["data", "check", train, test]) == 1
-    problem, first, second = capsys.readouterr().out.splitlines()
-    assert problem.startswith(f"{train}[1]: ")
+    kind, problem, first, second = capsys.readouterr().out.splitlines()
+    assert kind == "image_missing: 1"
+    assert problem.startswith(f"  {train}[1]: ")
     assert "train1.png" in problem
-    assert first == f"{train}: 2 records (planning), 2 images, 1 problem"
-    assert second == f"{test}: 1 records (planning), 1 images, no problems"
+    assert first == f"{train}: 2 records (planning 2), 2 images, 1 problem"
+    assert second == f"{test}: 1 record (planning 1), 1 image, no problems"
 
 
 def test_data_check_finds_a_picture_in_two_files(capsys, tmp_path):
-    files = [write_records(tmp_path, name, ["red"]) for name in ("train", "test")]
+    files = [write_records(tmp_path / name, name, ["red"]) for name in ("train", "test")]
     assert main(["data", "check", *files]) == 1
-    assert "train" in capsys.readouterr().out.splitlines()[0]
+    assert "train" in capsys.readouterr().out.splitlines()[1]
 
 
 def test_data_check_takes_images_from_root(capsys, tmp_path):

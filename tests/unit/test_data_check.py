@@ -1,11 +1,15 @@
 """Every fault that the checker promises to find is planted and found, and nothing else is."""
 
+import itertools
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from drivekd.data import Message, Record
 from drivekd.data.check import PROBLEM_KINDS, Problem, check_records
+
+_NUMBERS = itertools.count(1)  # so that no two records ask the same
 
 
 def _picture(path, seed=0, mode="RGB"):
@@ -16,9 +20,8 @@ def _picture(path, seed=0, mode="RGB"):
 
 
 def _record(question="<image>\nWhat?", answer="Final: A. this", images=("a.png",), id=""):
-    return Record(
-        (Message("user", question), Message("assistant", answer)), images, "reasoning", id
-    )
+    messages = (Message("user", f"{next(_NUMBERS)}. {question}"), Message("assistant", answer))
+    return Record(messages, images, "reasoning", id)
 
 
 def _kinds(records, root):

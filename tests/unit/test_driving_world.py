@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drivekd.data.records import load_records
+from drivekd.data import load_records
 from drivekd.driving import (
     QUESTIONS,
     Scene,

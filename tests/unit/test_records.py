@@ -141,7 +141,15 @@ def test_number_ids_become_text(tmp_path):
         ("text", "is a str"),
         (None, "is a NoneType"),
         (_without("messages"), "messages is missing"),
-        (_without("messages", question="Q", answer="A"), "messages is missing"),
+        (_without("messages", question=["Q"], answer="A"), "messages is missing"),
+        (_without("messages", question="Q"), "answer is a NoneType"),
+        ({**ITEM, "image": "b.png"}, "both images and image"),
+        ({**ITEM, "id": True}, "id is a bool"),
+        ({**ITEM, "messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "type 'audio'"),
+        (
+            {**ITEM, "messages": [{"role": "user", "content": [{"type": "image", "url": "a"}]}]},
+            "names its own image",
+        ),
         ({**ITEM, "messages": []}, "messages is missing or empty"),
         ({**ITEM, "messages": ["hello"]}, r"messages\[0\]"),
         ({**ITEM, "messages": [{"role": "user"}]}, r"messages\[0\]"),
@@ -172,7 +180,7 @@ def test_errors_name_file_and_record(tmp_path, item, message):
         ("d.json", "3", "holds a int"),
         ("d.json", '{"a": []}', "0 lists"),
         ("d.json", '{"data": [], "items": []}', "2 lists"),
-        ("d.jsonl", '{"a": 1}\n{', "line 2 is not valid JSON"),
+        ("d.jsonl", json.dumps(ITEM) + "\n{", "record 1: line 2 is not valid JSON"),
     ],
 )
 def test_errors_name_the_file(tmp_path, name, text, message):
