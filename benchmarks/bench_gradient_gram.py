@@ -211,11 +211,20 @@ def with_torchjd(lists):
     return PCGrad()(flat).split([grad.numel() for grad in lists[0]])
 
 
+def with_torchjd_on_a_gram(lists):
+    """Its weighting of a Gram matrix that is ours, in its dtype; the combination is ours again."""
+    from torchjd.aggregation import PCGradWeighting
+
+    weights = PCGradWeighting()(gradient_gram(lists).total)
+    return combine_gradients(lists, weights.to(DEVICE, torch.float64))
+
+
 METHODS = {
     **{f"drivekd-{backend}": ours(backend) for backend in BACKENDS},
     "public procedure": publicly,
     "flat vectors": with_flat_vectors,
     "torchjd": with_torchjd,
+    "torchjd on a Gram": with_torchjd_on_a_gram,
 }
 # Of the update, relative: bf16 lists are rounded at every step there, and not at all here.
 BOUNDS = {
@@ -281,10 +290,12 @@ def bench_projection(benchmark, method, dtype):
     call = METHODS[method]
     if method.startswith("drivekd"):
         need(method.removeprefix("drivekd-"))
-    if method == "torchjd":
-        pytest.importorskip("torchjd", reason="torchjd is not installed; pip install torchjd")
+    if method.startswith("torchjd"):
+        pytest.importorskip(
+            "torchjd", reason="pip install 'drivekd[bench]'"
+        )
     errors = {}
-    if method != "torchjd":  # another algorithm
+    if not method.startswith("torchjd"):  # another algorithm
         errors = {
             "error_of_the_update": error_of(call, small_case(dtype)),
             "error_where_gradients_cancel": error_of(call, cancelling_case(dtype)),

@@ -132,6 +132,32 @@ def test_torch_is_found_through_build_isolation(tmp_path):
     assert "building drivekd._C against torch" in done.stderr
 
 
+def test_hugging_faces_package_of_our_folders_name_is_no_hindrance(checkout, tmp_path):
+    """`kernels`, their loader, adds a writer to egg_info and is what transformers imports."""
+    site = tmp_path / "site"
+    (site / "kernels").mkdir(parents=True)
+    (site / "kernels" / "__init__.py").write_text("loader = True\n")
+    (site / "kernels" / "lockfile.py").write_text("def write(command, name, path):\n    pass\n")
+    info = site / "kernels-0.17.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.2\n")
+    (info / "entry_points.txt").write_text("[egg_info.writers]\nk.lock = kernels.lockfile:write\n")
+    environment = {**os.environ, "PYTHONPATH": str(site), "DRIVEKD_BUILD": "0"}
+    for command in (
+        ["setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)],
+        ["-c", "import kernels; assert kernels.loader"],
+    ):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=checkout,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+
+
 def wheel_of(checkout, **environment):
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
     done = subprocess.run(
