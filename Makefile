@@ -8,7 +8,7 @@ HF ?= transformers==5.17.0
 BIN := $(VENV)/bin
 EXTRAS := demo,test
 
-.PHONY: help demo demo-full test lint setup clean
+.PHONY: help demo demo-full test test-models test-others lint setup clean
 
 help:
 	@echo "make demo       multi-teacher distillation on simulated driving scenes -> runs/demo/report.html"
@@ -23,10 +23,19 @@ demo: setup
 demo-full: setup
 	$(BIN)/drivekd demo --full
 
-# Triton kernels are checked twice: run by its interpreter, then compiled for GPUs that need not be there.
+# Two halves side by side, a core each. Triton kernels are checked twice: run by its interpreter, then
+# compiled for GPUs that need not be there.
+MODELS := tests/distributed tests/docs tests/integration
+
 test: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q
-	$(BIN)/python -m pytest -q tests/kernels
+	@$(MAKE) --no-print-directory -j2 test-models test-others
+
+test-models:
+	MAKEFLAGS= OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(MODELS)
+
+test-others:
+	MAKEFLAGS= OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(addprefix --ignore=,$(MODELS))
+	MAKEFLAGS= $(BIN)/python -m pytest -q tests/kernels
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
