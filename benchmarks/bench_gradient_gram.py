@@ -291,9 +291,7 @@ def bench_projection(benchmark, method, dtype):
     if method.startswith("drivekd"):
         need(method.removeprefix("drivekd-"))
     if method.startswith("torchjd"):
-        pytest.importorskip(
-            "torchjd", reason="pip install 'drivekd[bench]'"
-        )
+        pytest.importorskip("torchjd", reason="pip install 'drivekd[bench]'")
     errors = {}
     if not method.startswith("torchjd"):  # another algorithm
         errors = {
