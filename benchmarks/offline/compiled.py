@@ -94,6 +94,20 @@ class Compiled:
         loops = {loop.header: loop for loop in self._loops if loop is not None}
         return sum(loop.mix.counts["LOCAL"] for loop in loops.values())
 
+    def parked(self, group: int) -> float:
+        """Accesses of local memory outside the loops over tiles, per instruction.
+
+        Of the loop around a loop over tiles, if there is one, with all trips of the inner one (as
+        many as query heads of a group), else of what no loop holds with one trip.
+        """
+        shares = []
+        for loop in self._loops:
+            if loop is not None:
+                outer = self.code.parent(loop)
+                mix, trips = (self.code.straight, 1) if outer is None else (outer.own, group)
+                shares.append(mix.counts["LOCAL"] / (mix.total + trips * loop.mix.total))
+        return max(shares, default=0.0)
+
     @property
     def main(self) -> sass.Loop | None:
         """Loop over tiles seen whole, None for kernels without one (row losses)."""

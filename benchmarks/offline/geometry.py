@@ -1,10 +1,12 @@
 """How many tiles every program of a launch visits, computed from the tokens as the kernels do it.
 
-The arithmetic is that of `drivekd_kernels.tiles.tile_span`, `attention_grad._slot_span` and
+The arithmetic is that of `drivekd_kernels.tiles.tile_span`, `attention_dk.spans_kernel` and
 `attention_map._nothing_to_see`, in numpy, for all programs at once.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from drivekd_kernels.launch import Tokens
@@ -26,6 +28,7 @@ class Work:
         live: whether the program does anything.
         cells: rows x keys x heads in the visited tiles of the launch.
         visible: of these, what must be visited.
+        runs: tiles of keys that a program of dk begins; else 1.
     """
 
     whole: Ints
@@ -35,6 +38,7 @@ class Work:
     live: NDArray[np.bool_]
     cells: int
     visible: int
+    runs: Ints | None = None
 
 
 class Seen:
@@ -159,9 +163,46 @@ def _map(launch: Launch, seen: Seen) -> Work:
 def _dk(launch: Launch, seen: Seen) -> Work:
     values = launch.values
     block_q, block_k, group = values["BLOCK_Q"], values["BLOCK_K"], values["GROUP"]
-    first_slot, splits = values["first_slot"], values["num_splits"]
-    x, y, z = launch.grid
-    N = seen.num_tokens
+    first_slot, N = values["first_slot"], seen.num_tokens
+    begin, full_begin, full_end, end = _key_spans(values, seen)
+    counts = np.repeat((end - begin) // block_q, values["H"] // group)  # of runs: tiles, key heads
+    (programs, _, _) = launch.grid
+    total = int(counts.sum())
+    share = max(-(-total // programs), values["min_share"])
+    whole, masked, outer = (np.zeros(programs, dtype=np.int64) for _ in range(3))
+    passed = 0
+    for run in np.flatnonzero(counts):
+        count = counts[run]
+        tile = run // (values["H"] // group)
+        for program in range(passed // share, -(-(passed + count) // share)):
+            low = begin[tile] + max(program * share - passed, 0) * block_q
+            high = begin[tile] + min((program + 1) * share - passed, count) * block_q
+            seen_whole = np.clip(full_end[tile], low, high) - np.clip(full_begin[tile], low, high)
+            whole[program] += max(seen_whole, 0) // block_q
+            masked[program] += (high - low - max(seen_whole, 0)) // block_q
+            outer[program] += 1
+        passed += count
+    _check(launch, whole)
+    cells = total * block_q * block_k * group
+    tiles = seen.row_tiles(first_slot, values["num_slots"], block_q)
+    live = outer > 0
+    return Work(
+        whole * group,
+        masked * group,
+        whole,
+        masked,
+        live,
+        cells,
+        tiles.visible() * values["H"],
+        runs=outer,
+    )
+
+
+def _key_spans(values: Mapping[str, Any], seen: Seen) -> tuple[Ints, Ints, Ints, Ints]:
+    """Of each tile of keys of all samples: the chunk's row tiles that see it, and it whole."""
+    block_q, block_k, N = values["BLOCK_Q"], values["BLOCK_K"], seen.num_tokens
+    first_slot = values["first_slot"]
+    x = -(-N // block_k)
     key = np.arange(x * block_k)
     inside = (key < N).reshape(1, x, block_k)
     at = np.minimum(key, N - 1)
@@ -169,32 +210,21 @@ def _dk(launch: Launch, seen: Seen) -> Work:
     last = np.where(inside, seen.row_last[:, at].reshape(-1, x, block_k), -1)
     low, high = first.min(-1), last.max(-1) + 1
     full_low = np.where(inside, first, 0).max(-1)
-    full_high = np.where(inside, last, N).min(-1) + 1
+    full_high = np.where(inside, last, N - 1).min(-1) + 1
     if seen.slots is not None:
         low, high, full_low, full_high = (
             np.take_along_axis(seen.slots, np.clip(each, 0, N), axis=1)
             for each in (low, high, full_low, full_high)
         )
-    stop = np.minimum(seen.num_rows, first_slot + values["num_slots"]) - first_slot
-    split_begin = (np.arange(splits) * values["split_slots"])[None, :, None]
-    split_end = np.minimum(split_begin + values["split_slots"], stop[:, None, None])
-    low, high, full_low, full_high = (
-        each[:, None, :] - first_slot for each in (low, high, full_low, full_high)
-    )
-    low, high = np.maximum(low, split_begin), np.minimum(high, split_end)
+    stop = np.minimum(seen.num_rows, first_slot + values["num_slots"])[:, None]
+    low = np.maximum(low - first_slot, 0)
+    high = np.minimum(high, stop) - first_slot
     begin = low // block_q * block_q
     end = np.maximum(_up(high, block_q), begin)
-    full_begin = np.clip(_up(np.maximum(full_low, low), block_q), begin, end)
-    full_end = np.clip(np.minimum(full_high, high) // block_q * block_q, full_begin, end)
-    whole = _spread((full_end - full_begin).reshape(z, x) // block_q, y)
-    masked = _spread((full_begin - begin + end - full_end).reshape(z, x) // block_q, y)
-    _check(launch, whole)
-    cells = int((whole + masked).sum()) * block_q * block_k * group
-    tiles = seen.row_tiles(first_slot, values["num_slots"], block_q)
-    live = (whole + masked) > 0
-    return Work(
-        whole * group, masked * group, whole, masked, live, cells, tiles.visible() * values["H"]
-    )
+    full_begin = np.clip(_up(np.maximum(full_low - first_slot, low), block_q), begin, end)
+    full_end = np.minimum(full_high - first_slot, high) // block_q * block_q
+    full_end = np.clip(full_end, full_begin, end)
+    return begin.reshape(-1), full_begin.reshape(-1), full_end.reshape(-1), end.reshape(-1)
 
 
 def _row_loss(launch: Launch, seen: Seen) -> Work:
@@ -207,11 +237,6 @@ def _row_loss(launch: Launch, seen: Seen) -> Work:
     none = np.zeros_like(sweeps)
     cells = int(sweeps.sum()) * values["BLOCK_Q"] * block
     return Work(none, sweeps, none, none, sweeps > 0, cells, tiles.visible())
-
-
-def _spread(per_tile: Ints, y: int) -> Ints:
-    """(z, x) -> programs in order of start, x fastest, equal along y."""
-    return np.repeat(per_tile[:, None, :], y, axis=1).reshape(-1)
 
 
 def _check(launch: Launch, programs: Ints) -> None:

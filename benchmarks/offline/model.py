@@ -229,7 +229,7 @@ def _l2_bytes(launch: Launch, compiled: Compiled, work: Work, region: float):
     cells = q * k * region * (_w_size(launch) + (4 if values["log_ptr"] is not None else 0))
     if launch.name == "dk":
         inner = q * d * size + 8 * q
-        return tiles * inner + outer * cells + work.live * (k * d * (size + 8))
+        return tiles * inner + outer * cells + work.runs * (k * d * (size + 8))
     pack = values["PACK"]
     if compiled.main.mix.plain:
         cells /= pack

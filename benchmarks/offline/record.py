@@ -22,6 +22,7 @@ from drivekd.ops.attention_inputs import AttentionLayer, AttentionLayout, Attent
 from drivekd.ops.triton_backend import attention_map as backend
 from drivekd.ops.triton_backend.tokens import kernel_tokens
 
+ABOUT_TOKENS = ("tokens", "spans")
 POINTERS = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -122,8 +123,8 @@ class Call:
     launches: list[Launch]
     tokens: Tokens
     pair: Pair
-    about_tokens: list[Launch]  # the kernel that makes the vectors about tokens
-    other_ops: int  # that, and torch operations, that run something on the device
+    about_tokens: list[Launch]  # the kernels that make the vectors about tokens
+    other_ops: int  # those, and torch operations, that run something on the device
 
 
 def record(
@@ -158,8 +159,8 @@ def record(
     with _architecture(arch), recorded() as launches, _Counter() as counter:
         backend.attention_map_loss(inputs)
     tokens = kernel_tokens(_layout(pair, torch.device("cpu")), None, compact=True)
-    about_tokens = [launch for launch in launches if launch.name == "tokens"]
-    passes = [launch for launch in launches if launch.name != "tokens"]
+    about_tokens = [launch for launch in launches if launch.name in ABOUT_TOKENS]
+    passes = [launch for launch in launches if launch.name not in ABOUT_TOKENS]
     return Call(passes, tokens, pair, about_tokens, counter.count + len(about_tokens))
 
 

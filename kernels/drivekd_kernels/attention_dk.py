@@ -1,8 +1,14 @@
 """Gradient in k of a chunk of rows, from W and recomputed probabilities; see `attention_dq`.
 
-Grid (key tiles, key heads, samples x splits). A program owns BLOCK_K keys and walks over its
-split's rows, the tile of W held over the query heads of the group; it adds to its own plane, and
-planes are summed in order: no atomics, bitwise repeatable.
+A tile of keys is BLOCK_K keys of one key head of one sample, in PARTS of PART; its work is the row
+tiles that see it. Work is laid end to end, key tile by key tile, and every program takes one equal
+share of it, so all of them end together whatever the tokens see. A share may begin and end
+within a key tile; the pieces of a key tile are added to planes of their own, which are summed in
+order: no atomics, bitwise repeatable.
+
+`spans_kernel` says which slots see a tile of keys, once a call; `dk_kernel` cuts them to its chunk.
+Products are (keys x rows): dS^T goes from registers into the second one, and what belongs to rows,
+the log-sum-exp and delta, comes in pairs through shared memory.
 """
 
 import triton
@@ -15,7 +21,6 @@ from drivekd_kernels.tiles import (
     key_tags,
     load_cells,
     load_rows,
-    load_vector,
     masked_tile,
     row_span,
     row_tags,
@@ -24,31 +29,67 @@ from drivekd_kernels.tiles import (
 )
 
 RUNTIME = (
-    *("N", "first_slot", "num_slots", "stride_q_b", "stride_q_h", "stride_q_n"),
+    *("N", "num_samples", "first_slot", "num_slots", "stride_q_b", "stride_q_h", "stride_q_n"),
     *("stride_k_b", "stride_k_h", "stride_k_n", "stride_map_b", "stride_map_s"),
-    *("scale2", "factor", "num_splits", "split_slots"),
+    *("scale2", "factor", "min_share"),
 )
+
+
+@triton.jit(do_not_specialize=("N",))
+def spans_kernel(
+    row_first_ptr,
+    row_last_ptr,
+    slots_ptr,
+    tags_ptr,
+    spans_ptr,
+    N,
+    BLOCK_K: tl.constexpr,
+):
+    """Writes spans (4, samples, key tiles): slots low .. high see a key, full_low .. full_high all.
+
+    Grid (key tiles, samples). A tile with a segment that has gaps is seen whole by no slot.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    j = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    tag, live = key_tags(tags_ptr, b, j, N)
+    first = tl.load(row_first_ptr + b * N + j, mask=live, other=N)
+    last = tl.load(row_last_ptr + b * N + j, mask=live, other=-1)
+    low, high = tl.min(first), tl.max(last) + 1
+    full_low = tl.max(tl.where(live, first, 0))
+    full_high = tl.min(tl.where(live, last, N)) + 1
+    full_high = tl.minimum(full_high, N)
+    if slots_ptr is not None:
+        slots_ptr += b * (N + 1)
+        low, high = tl.load(slots_ptr + tl.minimum(low, N)), tl.load(slots_ptr + high)
+        full_low = tl.load(slots_ptr + tl.minimum(full_low, N))
+        full_high = tl.load(slots_ptr + full_high)
+    if tags_ptr is not None:
+        full_high = tl.where(tl.max(tl.where(live, tag & 1, 0)) == 0, full_high, 0)
+    step = tl.num_programs(0) * tl.num_programs(1)
+    spans_ptr += b * tl.num_programs(0) + tl.program_id(0)
+    tl.store(spans_ptr, low)
+    tl.store(spans_ptr + step, high)
+    tl.store(spans_ptr + 2 * step, full_low)
+    tl.store(spans_ptr + 3 * step, full_high)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def dk_kernel(
     q_ptr,
     k_ptr,
-    lse2_ptr,
     w_ptr,
     log_ptr,
-    delta_ptr,
+    pairs_ptr,
     planes_ptr,
     first_ptr,
     last_ptr,
-    row_first_ptr,
-    row_last_ptr,
+    spans_ptr,
     tags_ptr,
     rows_ptr,
-    slots_ptr,
     num_rows_ptr,
     before_ptr,
     N,
+    num_samples,
     first_slot,
     num_slots,
     stride_q_b,
@@ -61,8 +102,7 @@ def dk_kernel(
     stride_map_s,
     scale2,
     factor,
-    num_splits,
-    split_slots,
+    min_share,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -79,65 +119,135 @@ def dk_kernel(
     GRAD_DTYPE: tl.constexpr,
     GRAD_PRECISION: tl.constexpr,
 ):
-    """Adds the chunk's part of dk to planes (splits, samples, key heads, N, D)."""
-    kv, split = tl.program_id(1), tl.program_id(2) % num_splits
-    b = (tl.program_id(2) // num_splits).to(tl.int64)
-    n = tl.program_id(0) * BLOCK_K
-    j = n + tl.arange(0, BLOCK_K)
-    key_tag, key_live = key_tags(tags_ptr, b, j, N)
-    stop = tl.minimum(count_rows(num_rows_ptr, b, N), first_slot + num_slots) - first_slot
-    split_begin = split * split_slots
-    split_end = tl.minimum(split_begin + split_slots, stop)
-    begin, full_begin, full_end, end = _slot_span(
-        row_first_ptr,
-        row_last_ptr,
-        slots_ptr,
-        tags_ptr,
-        b,
-        j,
-        key_tag,
-        key_live,
-        N,
-        first_slot,
-        split_begin,
-        split_end,
-        BLOCK_Q,
-    )
-    if begin >= end:
+    """Adds the chunk's part of dk to planes (planes, samples, key heads, N, D)."""
+    KV: tl.constexpr = H // GROUP
+    num_tiles = tl.cdiv(N, BLOCK_K)
+    total = 0
+    for e in range(0, num_samples * num_tiles, SCAN):
+        total += tl.sum(
+            _count_tiles(spans_ptr, num_rows_ptr, e, N, num_samples, num_tiles, first_slot, num_slots, BLOCK_Q)
+        )
+    total *= KV
+    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), min_share)
+    begin_unit = tl.program_id(0) * share
+    if begin_unit >= total:
         return
-    k_ptr += (b * stride_k_b + kv.to(tl.int64) * stride_k_h) * ALIGN_K
+    end_unit = tl.minimum(begin_unit + share, total)
+    # Key tiles of all samples that end before the share begins, and that end before it ends.
+    first_tile, last_tile, passed, base = 0, 0, 0, 0
+    for e in range(0, num_samples * num_tiles, SCAN):
+        counts = KV * _count_tiles(
+            spans_ptr, num_rows_ptr, e, N, num_samples, num_tiles, first_slot, num_slots, BLOCK_Q
+        )
+        ends = base + tl.cumsum(counts, 0)
+        first_tile += tl.sum((ends <= begin_unit).to(tl.int32))
+        last_tile += tl.sum((ends < end_unit).to(tl.int32))
+        passed = tl.maximum(passed, tl.max(tl.where(ends <= begin_unit, ends, 0)))
+        base += tl.sum(counts)
+
+    for run in range(first_tile * KV, last_tile * KV + KV):
+        tile, kv = run // KV, run % KV
+        b = (tile // num_tiles).to(tl.int64)
+        n = tile % num_tiles * BLOCK_K
+        stop = tl.minimum(count_rows(num_rows_ptr, b, N), first_slot + num_slots) - first_slot
+        begin, full_begin, full_end, end = _load_span(
+            spans_ptr + tile, num_samples * num_tiles, first_slot, stop, BLOCK_Q
+        )
+        count = (end - begin) // BLOCK_Q
+        piece = tl.program_id(0) - passed // share
+        end = begin + tl.minimum(end_unit - passed, count) * BLOCK_Q
+        begin += tl.maximum(begin_unit - passed, 0) * BLOCK_Q
+        passed += count
+        full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
+        full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
+        if begin < end:
+            _add_keys(
+                q_ptr + (b * stride_q_b + kv * GROUP * tl.cast(stride_q_h, tl.int64)) * ALIGN_Q,
+                k_ptr + (b * stride_k_b + kv * tl.cast(stride_k_h, tl.int64)) * ALIGN_K,
+                w_ptr + b * stride_map_b * ALIGN_MAP,
+                None if log_ptr is None else log_ptr + b * stride_map_b * ALIGN_MAP,
+                pairs_ptr + (b * H + kv * GROUP) * num_slots * 2,
+                planes_ptr + ((piece * num_samples + b) * KV + kv) * N * D,
+                first_ptr, last_ptr, tags_ptr, rows_ptr, before_ptr, b, n, N,
+                begin, full_begin, full_end, end, stop, first_slot, num_slots,
+                stride_q_h, stride_q_n, stride_k_n, stride_map_s, scale2, factor,
+                GROUP, D, BLOCK_D, ALIGN_Q, ALIGN_K, ALIGN_MAP, BLOCK_Q, PART, PARTS, STAGES,
+                PRECISION, GRAD_DTYPE, GRAD_PRECISION,
+            )  # fmt: skip
+
+
+SCAN = tl.constexpr(1024)  # key tiles that are counted at once
+
+
+@triton.jit
+def _count_tiles(
+    spans_ptr, num_rows_ptr, e, N, num_samples, num_tiles, first_slot, num_slots, BLOCK_Q: tl.constexpr
+):
+    """Row tiles of the chunk that see each of SCAN key tiles from e on."""
+    e += tl.arange(0, SCAN)
+    exists = e < num_samples * num_tiles
+    low = tl.load(spans_ptr + e, mask=exists, other=0)
+    high = tl.load(spans_ptr + num_samples * num_tiles + e, mask=exists, other=0)
+    stop = first_slot + num_slots
+    if num_rows_ptr is not None:
+        stop = tl.minimum(stop, tl.load(num_rows_ptr + e // num_tiles, mask=exists, other=0))
+    else:
+        stop = tl.minimum(stop, N)
+    low = tl.maximum(low - first_slot, 0)
+    high = tl.minimum(high, stop) - first_slot
+    return tl.maximum(tl.cdiv(high, BLOCK_Q) - low // BLOCK_Q, 0)
+
+
+@triton.jit
+def _load_span(spans_ptr, step, first_slot, stop, BLOCK_Q: tl.constexpr):
+    """As `tile_span`, of the chunk's slots whose rows see a tile of keys."""
+    low = tl.maximum(tl.load(spans_ptr) - first_slot, 0)
+    high = tl.minimum(tl.load(spans_ptr + step) - first_slot, stop)
+    full_low = tl.load(spans_ptr + 2 * step) - first_slot
+    full_high = tl.load(spans_ptr + 3 * step) - first_slot
+    begin = low // BLOCK_Q * BLOCK_Q
+    end = tl.maximum(tl.cdiv(high, BLOCK_Q) * BLOCK_Q, begin)
+    full_begin = tl.cdiv(tl.maximum(full_low, low), BLOCK_Q) * BLOCK_Q
+    full_end = tl.minimum(full_high, high) // BLOCK_Q * BLOCK_Q
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def _add_keys(
+    q_ptr, k_ptr, w_ptr, log_ptr, pairs_ptr, plane_ptr, first_ptr, last_ptr, tags_ptr, rows_ptr,
+    before_ptr, b, n, N, begin, full_begin, full_end, end, stop, first_slot, num_slots,
+    stride_q_h, stride_q_n, stride_k_n, stride_map_s, scale2, factor,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN_Q: tl.constexpr,
+    ALIGN_K: tl.constexpr, ALIGN_MAP: tl.constexpr, BLOCK_Q: tl.constexpr, PART: tl.constexpr,
+    PARTS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr, GRAD_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds what rows begin .. end give to a tile of keys to its plane (N, D)."""
     keys, accs = (), ()
     for part in tl.static_range(PARTS):
         j = n + part * PART + tl.arange(0, PART)
         _, key_live = key_tags(tags_ptr, b, j, N)
         keys = keys + (load_rows(k_ptr, stride_k_n * ALIGN_K, j, key_live, D, BLOCK_D),)
         accs = accs + (tl.zeros([PART, BLOCK_D], tl.float32),)
-    q_ptr += (b * stride_q_b + (kv * GROUP).to(tl.int64) * stride_q_h) * ALIGN_Q
-    lse2_ptr += (b * H + kv * GROUP) * N
-    delta_ptr += (b * H + kv * GROUP) * num_slots
     stride_s = stride_map_s * ALIGN_MAP
-    w_ptr += b * stride_map_b * ALIGN_MAP
-    if log_ptr is not None:
-        log_ptr += b * stride_map_b * ALIGN_MAP
-
     for m in range(full_begin, full_end, BLOCK_Q):
         slot = m + tl.arange(0, BLOCK_Q)
         i = row_tokens(rows_ptr, b, first_slot + slot, None, N)
         accs = _add_rows(
-            accs, keys, q_ptr, lse2_ptr, w_ptr, log_ptr, delta_ptr, None, None, None, tags_ptr,
+            accs, keys, q_ptr, w_ptr, log_ptr, pairs_ptr, None, None, None, tags_ptr,
             before_ptr, b, n, i, slot, None, N, num_slots, stride_q_h, stride_q_n, stride_s, scale2,
             GROUP, D, BLOCK_D, ALIGN_Q, PART, PARTS, STAGES, PRECISION, GRAD_DTYPE, GRAD_PRECISION,
         )  # fmt: skip
     for t in range(count_masked(begin, full_begin, full_end, end, BLOCK_Q)):
         slot = masked_tile(t, begin, full_begin, full_end, BLOCK_Q) + tl.arange(0, BLOCK_Q)
-        live = (slot >= split_begin) & (slot < split_end)
+        live = slot < stop
         i = row_tokens(rows_ptr, b, first_slot + slot, live, N)
         first, last = row_span(first_ptr, last_ptr, b, i, live, N)
         tag = row_tags(tags_ptr, b, i, live, N)
         masked = ()
         for part in tl.static_range(PARTS):  # one by one: masks take registers too
             one = _add_rows(
-                (accs[part],), (keys[part],), q_ptr, lse2_ptr, w_ptr, log_ptr, delta_ptr, first,
+                (accs[part],), (keys[part],), q_ptr, w_ptr, log_ptr, pairs_ptr, first,
                 last, tag, tags_ptr, before_ptr, b, n + part * PART, i, slot, live, N, num_slots,
                 stride_q_h, stride_q_n, stride_s, scale2, GROUP, D, BLOCK_D, ALIGN_Q, PART, 1,
                 STAGES, PRECISION, GRAD_DTYPE, GRAD_PRECISION,
@@ -145,13 +255,10 @@ def dk_kernel(
             masked = masked + one
         accs = masked
     d = tl.arange(0, BLOCK_D)
-    samples = tl.num_programs(2) // num_splits
-    plane = ((split * samples + b) * (H // GROUP) + kv) * N
-    planes_ptr += plane * D
     for part in tl.static_range(PARTS):
         j = n + part * PART + tl.arange(0, PART)
         _, key_live = key_tags(tags_ptr, b, j, N)
-        ptrs = planes_ptr + (j[:, None] * D + d[None, :])
+        ptrs = plane_ptr + (j[:, None] * D + d[None, :])
         mask = key_live[:, None] & (d < D)[None, :]
         before = tl.load(ptrs, mask=mask, other=0.0)
         tl.store(ptrs, before + accs[part] * factor, mask=mask)
@@ -162,10 +269,9 @@ def _add_rows(
     accs,
     keys,
     q_ptr,
-    lse2_ptr,
     w_ptr,
     log_ptr,
-    delta_ptr,
+    pairs_ptr,
     first,
     last,
     tag,
@@ -194,81 +300,69 @@ def _add_rows(
     GRAD_PRECISION: tl.constexpr,
 ):
     """One tile of rows, all query heads of the group; rows see all keys if live is None."""
+    PACKED: tl.constexpr = BLOCK_D > 64 and w_ptr.dtype.element_ty == tl.bfloat16
     ws, logs, seens = (), (), ()
     for part in tl.static_range(PARTS):
         j = n + part * PART + tl.arange(0, PART)
-        seen = None
+        seen, seen_here = None, None
         if live is not None:
             key_tag, _ = key_tags(tags_ptr, b, j, N)
             seen = sees(
-                first[:, None], last[:, None], tag[:, None], j[None, :], key_tag[None, :], tags_ptr
+                first[None, :], last[None, :], tag[None, :], j[:, None], key_tag[:, None], tags_ptr
             )
             seens = seens + (seen,)
+            seen_here = tl.trans(seen)
         some = None
         if before_ptr is not None:
             some = count_region(before_ptr, b, tl.minimum(n + part * PART, N), PART, N) > 0
         cells = slot[:, None] * stride_s + j[None, :]
-        ws = ws + (load_cells(w_ptr, cells, seen, some),)
+        w = tl.trans(load_cells(w_ptr, cells, seen_here, some, PACKED))
+        if PACKED:
+            w = _pack(w)
+        ws = ws + (w,)
         if log_ptr is not None:
-            logs = logs + (load_cells(log_ptr, cells, seen, some),)
+            logs = logs + (tl.trans(load_cells(log_ptr, cells, seen_here, some, False)),)
     stride_h = tl.cast(stride_q_h, tl.int64) * ALIGN_Q
     stride_n = stride_q_n * ALIGN_Q
+    two = tl.arange(0, 2)
     for g in tl.range(0, GROUP, num_stages=STAGES):
-        q = load_rows(q_ptr + g * stride_h, stride_n, i, live, D, BLOCK_D)
-        lse2 = load_vector(lse2_ptr + g * N + i, live, float("inf"))
-        delta = load_vector(delta_ptr + g * num_slots + slot, live, 0.0)
+        step = stride_n + tl.minimum(N + g, 0) * ALIGN_Q if PACKED else stride_n
+        q = load_rows(q_ptr + g * stride_h, step, i, live, D, BLOCK_D)
+        pairs = pairs_ptr + g * num_slots * 2 + (slot[:, None] * 2 + two[None, :])
         new = ()
         for part in tl.static_range(PARTS):
-            x = tl.dot(q, tl.trans(keys[part]), input_precision=PRECISION) * scale2 - lse2[:, None]
+            x = tl.dot(keys[part], tl.trans(q), input_precision=PRECISION)
+            if live is None:
+                pair = tl.load(pairs, eviction_policy="evict_last" if PACKED and part == 1 else "")
+            else:
+                pair = tl.load(pairs, mask=live[:, None], other=0.0)
+            lse2, delta = tl.split(pair)
+            x = x * scale2 - lse2[None, :]
             if live is not None:
                 x = tl.where(seens[part], x, float("-inf"))
+            cell = _unpack(ws[part], N + g) if PACKED else ws[part]
             if log_ptr is not None:
                 ds = tl.exp2(x - logs[part])
-                ds = ds * (ws[part] - delta[:, None] * tl.exp2(logs[part]))
+                ds = ds * (cell - delta[None, :] * tl.exp2(logs[part]))
             else:
-                ds = tl.exp2(x) * (ws[part] - delta[:, None])
-            ds = tl.trans(ds.to(GRAD_DTYPE))
-            acc = tl.dot(ds, q.to(GRAD_DTYPE), accs[part], input_precision=GRAD_PRECISION)
+                ds = tl.exp2(x) * (cell - delta[None, :])
+            acc = tl.dot(ds.to(GRAD_DTYPE), q.to(GRAD_DTYPE), accs[part], input_precision=GRAD_PRECISION)
             new = new + (acc,)
         accs = new
     return accs
 
 
 @triton.jit
-def _slot_span(
-    row_first_ptr,
-    row_last_ptr,
-    slots_ptr,
-    tags_ptr,
-    b,
-    j,
-    key_tag,
-    key_live,
-    N,
-    first_slot,
-    split_begin,
-    split_end,
-    BLOCK_Q: tl.constexpr,
-):
-    """As `tile_span`, of the chunk's slots whose rows see a tile of keys."""
-    first = tl.load(row_first_ptr + b * N + j, mask=key_live, other=N)
-    last = tl.load(row_last_ptr + b * N + j, mask=key_live, other=-1)
-    low, high = tl.min(first), tl.max(last) + 1
-    full_low = tl.max(tl.where(key_live, first, 0))
-    full_high = tl.min(tl.where(key_live, last, N)) + 1
-    if slots_ptr is not None:
-        slots_ptr += b * (N + 1)
-        low, high = tl.load(slots_ptr + tl.minimum(low, N)), tl.load(slots_ptr + high)
-        full_low = tl.load(slots_ptr + tl.minimum(full_low, N))
-        full_high = tl.load(slots_ptr + tl.minimum(full_high, N))
-    low = tl.maximum(low - first_slot, split_begin)
-    high = tl.minimum(high - first_slot, split_end)
-    begin = low // BLOCK_Q * BLOCK_Q
-    end = tl.maximum(tl.cdiv(high, BLOCK_Q) * BLOCK_Q, begin)
-    full_begin = tl.cdiv(tl.maximum(full_low - first_slot, low), BLOCK_Q) * BLOCK_Q
-    full_end = tl.minimum(full_high - first_slot, high) // BLOCK_Q * BLOCK_Q
-    if tags_ptr is not None:
-        full_end = tl.where(tl.max(tl.where(key_live, key_tag & 1, 0)) == 0, full_end, 0)
-    full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
-    full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
-    return begin, full_begin, full_end, end
+def _pack(w):
+    """Pairs of neighbouring bfloat16 as one word."""
+    low, high = tl.split(w.to(tl.int16, bitcast=True).reshape(w.shape[0], w.shape[1] // 2, 2))
+    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+
+
+@triton.jit
+def _unpack(packed, positive):
+    """float32 of each pair. What is not negative keeps the compiler from doing it before a loop."""
+    zero = tl.minimum(positive, 0)
+    low = (packed << (16 + zero)).to(tl.float32, bitcast=True)
+    high = (packed & (-65536 + zero)).to(tl.float32, bitcast=True)
+    return tl.join(low, high).reshape(packed.shape[0], 2 * packed.shape[1])

@@ -110,7 +110,7 @@ def delta_kernel(
     lse2_ptr,
     w_ptr,
     log_ptr,
-    delta_ptr,
+    pairs_ptr,
     first_ptr,
     last_ptr,
     tags_ptr,
@@ -142,7 +142,7 @@ def delta_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Writes delta (samples, heads, slots) of the chunk."""
+    """Writes log-sum-exp and delta (samples, heads, slots, 2) of the chunk."""
     b = tl.program_id(2).to(tl.int64)
     kv, h, slot, live = _packed_rows(
         b, num_rows_ptr, N, first_slot, num_slots, GROUP, PACK, BLOCK_Q
@@ -181,7 +181,9 @@ def delta_kernel(
         r, p, w = _ratio(x, row, n, seen, w_ptr, log_ptr, before_ptr, b, N, BLOCK_K)
         moment, mass = moment + tl.sum(r * w, 1), mass + tl.sum(p, 1)
     delta = moment / tl.maximum(mass, 1e-30)
-    tl.store(delta_ptr + b * H * num_slots + (h * num_slots + slot), delta, mask=live)
+    pairs_ptr += (b * H * num_slots + (h * num_slots + slot)) * 2
+    tl.store(pairs_ptr, lse2, mask=live)
+    tl.store(pairs_ptr + 1, delta, mask=live)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -191,7 +193,7 @@ def dq_kernel(
     lse2_ptr,
     w_ptr,
     log_ptr,
-    delta_ptr,
+    pairs_ptr,
     dq_ptr,
     first_ptr,
     last_ptr,
@@ -231,7 +233,7 @@ def dq_kernel(
     GRAD_DTYPE: tl.constexpr,
     GRAD_PRECISION: tl.constexpr,
 ):
-    """Writes dq of the chunk's rows; reads delta, or writes it if ONE_PASS."""
+    """Writes dq of the chunk's rows; reads delta from pairs, or writes them if ONE_PASS."""
     b = tl.program_id(2).to(tl.int64)
     kv, h, slot, live = _packed_rows(
         b, num_rows_ptr, N, first_slot, num_slots, GROUP, PACK, BLOCK_Q
@@ -248,11 +250,11 @@ def dq_kernel(
     w_ptr += b * stride_map_b * ALIGN_MAP
     if log_ptr is not None:
         log_ptr += b * stride_map_b * ALIGN_MAP
-    delta_ptr += b * H * num_slots + (h * num_slots + slot)
+    pairs_ptr += (b * H * num_slots + (h * num_slots + slot)) * 2
 
     delta = tl.zeros([BLOCK_Q], tl.float32)
     if not ONE_PASS:
-        delta = tl.load(delta_ptr)
+        delta = tl.load(pairs_ptr + 1, mask=live, other=0.0)
     moment, mass = tl.zeros([BLOCK_Q], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
     a = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     o = tl.zeros([BLOCK_Q, BLOCK_D] if ONE_PASS else [1, 1], tl.float32)
@@ -290,7 +292,8 @@ def dq_kernel(
         ds = rw - p * delta[:, None]
         a = tl.dot(ds.to(GRAD_DTYPE), k.to(GRAD_DTYPE), a, input_precision=GRAD_PRECISION)
     if ONE_PASS:
-        tl.store(delta_ptr, delta, mask=live)
+        tl.store(pairs_ptr, lse2, mask=live)
+        tl.store(pairs_ptr + 1, delta, mask=live)
     d = tl.arange(0, BLOCK_D)
     dq_ptr += b * stride_dq_b + (h * stride_dq_h + i * stride_dq_n)[:, None] + d[None, :]
     tl.store(dq_ptr, a * factor, mask=live[:, None] & (d < D)[None, :])

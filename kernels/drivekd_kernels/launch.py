@@ -27,10 +27,8 @@ from drivekd_kernels.tuned import ONE_PASS_DIM, ROW_TILES, Tiles, tiles
 LOG2E = 1 / math.log(2)
 MAP_ALIGN = 16  # elements; rows of workspaces start at multiples of it
 MAP_ROWS, MAP_KEYS = 128, 128  # workspaces hold whole tiles of so many slots and keys
-DK_PROGRAMS = (
-    2112  # wanted of dk: eight waves of two a multiprocessor, so that the last costs little
-)
-MAX_SPLITS = 8
+MAX_PLANES = 16  # of dk
+PLANES_BYTES = 64 * 2**20  # that they may take together, but for the first two
 TOKEN_BLOCK = 2048  # tokens that `tokens` looks at in one step
 RESIDENT = 2  # programs that a multiprocessor holds at once
 MIN_SHARE = 0.93  # of a tile's rows that hold something when query heads are packed
@@ -374,8 +372,8 @@ def row_loss(
 
 
 def delta(heads: Heads, tokens: Tokens, chunk: Chunk, w: Tensor, logs: Tensor | None) -> Tensor:
-    """Delta (B, H, count) float32 of a chunk."""
-    result = heads.lse2.new_empty((tokens.batch_size, heads.num_heads, chunk.count))
+    """Log-sum-exp and delta (B, H, count, 2) float32 of a chunk."""
+    result = _pairs(heads, chunk)
     meta, tile = _gradient_meta("delta", heads, tokens, log=logs is not None)
     with _on(heads.query):
         attention_dq.delta_kernel[_packed_grid(heads, chunk, tile)](
@@ -415,13 +413,10 @@ def dq(
     logs: Tensor | None,
     out: Tensor,
 ) -> Tensor:
-    """Write dq of a chunk's rows to out (B, H, N, D) float32; return delta (B, H, slots)."""
+    """Write dq of a chunk's rows to out (B, H, N, D) float32; return what `delta` gives."""
     single = one_pass(heads.query)
     meta, tile = _gradient_meta("dq", heads, tokens, log=logs is not None)
-    if single:
-        deltas = heads.lse2.new_empty((tokens.batch_size, heads.num_heads, chunk.count))
-    else:
-        deltas = delta(heads, tokens, chunk, w, logs)
+    pairs = _pairs(heads, chunk) if single else delta(heads, tokens, chunk, w, logs)
     with _on(heads.query):
         attention_dq.dq_kernel[_packed_grid(heads, chunk, tile)](
             heads.query,
@@ -429,7 +424,7 @@ def dq(
             heads.lse2,
             w,
             logs,
-            deltas,
+            pairs,
             out,
             tokens.first,
             tokens.last,
@@ -454,15 +449,37 @@ def dq(
             **meta,
             **_grad_dtype(heads.query),
         )
-    return deltas
+    return pairs
 
 
-def dk_splits(heads: Heads, tokens: Tokens, chunk: Chunk, *, log: bool) -> int:
-    """Planes of dk that give enough programs: key tiles alone may be few."""
+def dk_planes(heads: Heads, tokens: Tokens, chunk: Chunk, *, log: bool) -> int:
+    """Planes of dk: how many programs may share a tile of keys."""
     _, tile = _gradient_meta("dk", heads, tokens, log=log)
-    programs = _ceil(tokens.num_tokens, tile.k) * heads.key.shape[1] * tokens.batch_size
-    row_tiles = _ceil(chunk.count, tile.q)
-    return max(1, min(_ceil(DK_PROGRAMS, programs), row_tiles, MAX_SPLITS))
+    B, H_kv, N, D = heads.key.shape
+    key_tiles = _ceil(min(chunk.count, N), tile.k) * H_kv * B
+    # Under a causal mask half of the first chunk's tiles are seen, from its own keys.
+    wanted = 1 + _ceil(2 * _programs(heads.query), key_tiles)
+    affordable = max(2, PLANES_BYTES // (4 * B * H_kv * N * D))
+    return max(2, min(wanted, affordable, MAX_PLANES, 1 + _ceil(chunk.count, tile.q)))
+
+
+def key_spans(heads: Heads, tokens: Tokens, *, log: bool) -> Tensor:
+    """Slots that see each of dk's tiles of keys: (4, B, tiles) int32."""
+    _, tile = _gradient_meta("dk", heads, tokens, log=log)
+    B, N = tokens.batch_size, tokens.num_tokens
+    spans = tokens.first.new_empty((4, B, _ceil(N, tile.k)))
+    with _on(spans):
+        attention_dk.spans_kernel[(spans.shape[2], B)](
+            tokens.row_first,
+            tokens.row_last,
+            tokens.slots,
+            tokens.tags,
+            spans,
+            N,
+            BLOCK_K=tile.k,
+            num_warps=4,
+        )
+    return spans
 
 
 def dk(
@@ -471,33 +488,34 @@ def dk(
     chunk: Chunk,
     w: Tensor,
     logs: Tensor | None,
-    deltas: Tensor,
+    pairs: Tensor,
+    spans: Tensor,
     planes: Tensor,
 ) -> None:
-    """Add a chunk's gradient in k to planes (splits, B, H_kv, N, D) float32, contiguous."""
+    """Add a chunk's gradient in k to planes (planes, B, H_kv, N, D) float32, contiguous.
+
+    pairs: log-sum-exp and delta (B, H, count, 2), from `dq` or `delta`. spans: from `key_spans`.
+    """
     meta, tile = _gradient_meta("dk", heads, tokens, log=logs is not None)
-    splits, N = planes.shape[0], tokens.num_tokens
-    split_slots = _ceil(_ceil(chunk.count, splits), tile.q) * tile.q
-    grid = (_ceil(N, tile.k), heads.key.shape[1], tokens.batch_size * splits)
+    # A tile of keys must not be shared by more programs than there are planes.
+    min_share = _ceil(_ceil(chunk.count, tile.q), planes.shape[0] - 1)
     with _on(heads.query):
-        attention_dk.dk_kernel[grid](
+        attention_dk.dk_kernel[(_programs(heads.query),)](
             heads.query,
             heads.key,
-            heads.lse2,
             w,
             logs,
-            deltas,
+            pairs,
             planes,
             tokens.first,
             tokens.last,
-            tokens.row_first,
-            tokens.row_last,
+            spans,
             tokens.tags,
             tokens.rows,
-            tokens.slots,
             tokens.num_rows,
             tokens.before,
-            N,
+            tokens.num_tokens,
+            tokens.batch_size,
             chunk.first,
             chunk.count,
             *_strides(heads.query),
@@ -505,8 +523,7 @@ def dk(
             *(each // MAP_ALIGN for each in w.stride()[:2]),
             heads.scale * LOG2E,
             heads.scale / heads.num_heads,
-            splits,
-            split_slots,
+            min_share,
             ALIGN_MAP=MAP_ALIGN,
             STAGES=tile.stages,
             num_warps=tile.warps,
@@ -520,7 +537,7 @@ def rows_per_wave(query: Tensor, key: Tensor) -> int:
     """Rows of each sample whose programs of dq fill the multiprocessors once."""
     meta, tile = _meta("dq", query, key, packs=True)
     packs = key.shape[1] * _ceil(meta["GROUP"], meta["PACK"])
-    programs = RESIDENT * _multiprocessors(query) // (query.shape[0] * packs)
+    programs = _programs(query) // (query.shape[0] * packs)
     tokens: int = tile.q // meta["PACK"]
     return max(programs, 1) * tokens
 
@@ -536,6 +553,11 @@ def architecture(tensor: Tensor) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return int(10 * major + minor)
+
+
+def _programs(tensor: Tensor) -> int:
+    """How many fill a GPU."""
+    return RESIDENT * _multiprocessors(tensor)
 
 
 def _multiprocessors(tensor: Tensor) -> int:
@@ -589,6 +611,11 @@ def _gradient_meta(
     region = tokens.vision is not None
     packs = kernel != "dk"
     return _meta(kernel, heads.query, heads.key, log=log, region=region, packs=packs)
+
+
+def _pairs(heads: Heads, chunk: Chunk) -> Tensor:
+    batch_size, num_heads = heads.lse2.shape[:2]
+    return heads.lse2.new_empty((batch_size, num_heads, chunk.count, 2))
 
 
 def _packed_grid(heads: Heads, chunk: Chunk, tile: Tiles) -> tuple[int, int, int]:

@@ -62,16 +62,18 @@ def load_columns(ptr, stride_n, j, live, D: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
-def load_cells(ptr, cells, seen, some):
-    """Cells of a workspace in float32, 0 where not seen.
+def load_cells(ptr, cells, seen, some, AS_IS: tl.constexpr = False):
+    """Cells of a workspace in float32 (or its own dtype), 0 where not seen.
 
     seen: which cells; None: all. some: whether the tile holds a cell of the region, else nothing
     was written there; None: every tile does. A mask of each cell would be a load of each cell.
     """
     if some is not None:
-        x = tl.load(ptr + cells, mask=some, other=0.0).to(tl.float32)
+        x = tl.load(ptr + cells, mask=some, other=0.0)
     else:
-        x = tl.load(ptr + cells).to(tl.float32)
+        x = tl.load(ptr + cells)
+    if not AS_IS:
+        x = x.to(tl.float32)
     if seen is not None:
         x = tl.where(seen, x, 0.0)
     return x

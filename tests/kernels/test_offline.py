@@ -112,20 +112,18 @@ def test_tiles_of_gradients_lie_within_tiles_of_maps(key, column):
             assert MAP_KEYS % (each.k // each.parts) == 0
 
 
-# Outside the loops over tiles a few values may be parked: a store and a load a program.
-PARKED = 64
-# What is not good yet: bytes of stack by case and pass.
+# Of the instructions around the loops over tiles so many may park a value or fetch it.
+PARKED = 0.05
+# What is not good yet: accesses of local memory in the loops over tiles, by case and pass.
 KNOWN_SPILLS = {
-    "90-bf16-128-mse-full": {"map": 48},  # one reload a head, of these head counts only
-    "90-fp16-256-mse-full": {"dk": 72},
-    "100-fp32-64-mse-full": {"dq": 8},
-}
-# No warpgroup product is shorter than 64: passes whose tiles of 64 rows and keys would spill.
-KNOWN_HMMA = {
-    "90-bf16-256-mse-full": {"dk"},
-    "90-fp16-128-mse-full": {"dk"},
-    "90-fp16-256-mse-full": {"dk"},
-    "90-bf16-128-kl-full": {"dk"},
+    "90-bf16-128-mse-full": {
+        "map": 2,  # one reload a head, of these head counts only
+        "dk": 30,  # half of W is read again for each head: less than q for half as many keys
+    },
+    "90-bf16-256-mse-full": {"dk": 20},  # 64 rows with 8 warps spill nothing, and do all twice
+    "90-fp16-256-mse-full": {"dk": 100},
+    "90-bf16-128-kl-full": {"dk": 45},  # W, log P and P in registers; 32 rows take 1.2x as long
+    "100-fp32-64-mse-full": {"dq": 4},
 }
 # Eight warps on 64 rows: two make the same scores. Of dk, masks of logarithms.
 KNOWN_EXP2 = {
@@ -136,14 +134,24 @@ KNOWN_EXP2 = {
 
 
 @parametrize()
-def test_no_register_spills(case):
+def test_no_register_spills_in_loops_over_tiles(case):
+    known = KNOWN_SPILLS.get(show(case), {})
     spills = [
-        f"{named(launch, one)}: {one.stack} bytes of stack, {one.spills} accesses in loops"
+        f"{named(launch, one)}: {one.spills} accesses"
         for launch, one in binaries(case)
-        if one.stack > max(PARKED, KNOWN_SPILLS.get(show(case), {}).get(launch.name, 0))
-        or (one.stack and one.spills and launch.name not in KNOWN_SPILLS.get(show(case), {}))
+        if one.stack and one.spills > known.get(launch.name, 0)
     ]
     assert not spills, "\n" + "\n".join(spills)
+
+
+@parametrize()
+def test_few_registers_are_parked_around_the_loops_over_tiles(case):
+    parked = [
+        f"{named(launch, one)}: {one.parked(launch.values['GROUP']):.3f} of instructions"
+        for launch, one in binaries(case)
+        if one.stack and one.main and one.parked(launch.values["GROUP"]) > PARKED
+    ]
+    assert not parked, "\n" + "\n".join(parked)
 
 
 @parametrize()
@@ -160,8 +168,7 @@ def test_products_of_16_bit_inputs_use_warpgroup_instructions(case):
         if one.main is not None:
             counts = one.main.mix.counts
             assert counts["HGMMA"] > 0, f"{named(launch, one)}: no HGMMA in the main loop"
-            if launch.name not in KNOWN_HMMA.get(show(case), ()):
-                assert counts["HMMA"] == 0, f"{named(launch, one)}: {counts['HMMA']} HMMA"
+            assert counts["HMMA"] == 0, f"{named(launch, one)}: {counts['HMMA']} HMMA"
 
 
 @parametrize(disassembled)
@@ -187,9 +194,10 @@ def test_a_pass_can_be_written_as_json():
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_the_kernel_about_tokens_compiles_without_spills(arch):
-    (launch,) = record(GPU_PAIRS["internvl3-1b-from-8b/t2v-1"]).about_tokens
-    assert compile_launch(launch, arch).stack == 0
+def test_the_kernels_about_tokens_compile_without_spills(arch):
+    launches = record(GPU_PAIRS["internvl3-1b-from-8b/t2v-1"]).about_tokens
+    assert [launch.name for launch in launches] == ["tokens", "spans"]
+    assert all(compile_launch(launch, arch).stack == 0 for launch in launches)
 
 
 def test_recording_restores_the_launcher():

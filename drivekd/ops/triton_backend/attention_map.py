@@ -127,7 +127,8 @@ class _Student:
             make = torch.empty_like if tokens.rows is None else torch.zeros_like
             self._dq = make(heads.query, dtype=torch.float32)
         if inputs.needs_dk[index]:
-            planes = launch.dk_splits(heads, tokens, chunk, log=plan.in_logs)
+            planes = launch.dk_planes(heads, tokens, chunk, log=plan.in_logs)
+            self._spans = launch.key_spans(heads, tokens, log=plan.in_logs)
             self._planes = torch.zeros(
                 (planes, *self._key.shape), dtype=torch.float32, device=self._key.device
             )
@@ -149,11 +150,11 @@ class _Student:
         if w is None:
             return
         if self._dq is not None:
-            deltas = launch.dq(heads, tokens, chunk, w, logs, self._dq)
+            pairs = launch.dq(heads, tokens, chunk, w, logs, self._dq)
         else:
-            deltas = launch.delta(heads, tokens, chunk, w, logs)
+            pairs = launch.delta(heads, tokens, chunk, w, logs)
         if self._planes is not None:
-            launch.dk(heads, tokens, chunk, w, logs, deltas, self._planes)
+            launch.dk(heads, tokens, chunk, w, logs, pairs, self._spans, self._planes)
 
     def sums(self) -> Tensor:
         """(B,) float32."""
