@@ -145,7 +145,7 @@ def _map(launch: Launch, seen: Seen) -> Work:
     keys = np.arange(x * block_k).reshape(x, block_k)
     low, high = tiles.first.min(-1), tiles.last.max(-1)  # (B, y)
     blind = (low[:, :, None] > keys.max(-1)) | (high[:, :, None] < keys.min(-1))
-    region = _pad(seen.region, x * block_k).reshape(z, 1, x, block_k).any(-1)
+    region = _pad(seen.region[:, : x * block_k], x * block_k).reshape(z, 1, x, block_k).any(-1)
     live = (~blind & region).reshape(-1)
     _check(launch, live)
     heads = np.where(live, H, 0)
@@ -163,7 +163,6 @@ def _map(launch: Launch, seen: Seen) -> Work:
 def _dk(launch: Launch, seen: Seen) -> Work:
     values = launch.values
     block_q, block_k, group = values["BLOCK_Q"], values["BLOCK_K"], values["GROUP"]
-    first_slot, N = values["first_slot"], seen.num_tokens
     begin, full_begin, full_end, end = _key_spans(values, seen)
     counts = np.repeat((end - begin) // block_q, values["H"] // group)  # of runs: tiles, key heads
     (programs, _, _) = launch.grid
@@ -184,7 +183,7 @@ def _dk(launch: Launch, seen: Seen) -> Work:
         passed += count
     _check(launch, whole)
     cells = total * block_q * block_k * group
-    tiles = seen.row_tiles(first_slot, values["num_slots"], block_q)
+    tiles = seen.row_tiles(values["first_slot"], values["num_slots"], block_q)
     live = outer > 0
     return Work(
         whole * group,

@@ -125,7 +125,17 @@ def dk_kernel(
     total = 0
     for e in range(0, num_samples * num_tiles, SCAN):
         total += tl.sum(
-            _count_tiles(spans_ptr, num_rows_ptr, e, N, num_samples, num_tiles, first_slot, num_slots, BLOCK_Q)
+            _count_tiles(
+                spans_ptr,
+                num_rows_ptr,
+                e,
+                N,
+                num_samples,
+                num_tiles,
+                first_slot,
+                num_slots,
+                BLOCK_Q,
+            )
         )
     total *= KV
     share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), min_share)
@@ -181,7 +191,15 @@ SCAN = tl.constexpr(1024)  # key tiles that are counted at once
 
 @triton.jit
 def _count_tiles(
-    spans_ptr, num_rows_ptr, e, N, num_samples, num_tiles, first_slot, num_slots, BLOCK_Q: tl.constexpr
+    spans_ptr,
+    num_rows_ptr,
+    e,
+    N,
+    num_samples,
+    num_tiles,
+    first_slot,
+    num_slots,
+    BLOCK_Q: tl.constexpr,
 ):
     """Row tiles of the chunk that see each of SCAN key tiles from e on."""
     e += tl.arange(0, SCAN)
@@ -346,7 +364,9 @@ def _add_rows(
                 ds = ds * (cell - delta[None, :] * tl.exp2(logs[part]))
             else:
                 ds = tl.exp2(x) * (cell - delta[None, :])
-            acc = tl.dot(ds.to(GRAD_DTYPE), q.to(GRAD_DTYPE), accs[part], input_precision=GRAD_PRECISION)
+            acc = tl.dot(
+                ds.to(GRAD_DTYPE), q.to(GRAD_DTYPE), accs[part], input_precision=GRAD_PRECISION
+            )
             new = new + (acc,)
         accs = new
     return accs

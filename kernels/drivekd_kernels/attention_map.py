@@ -32,7 +32,8 @@ from drivekd_kernels.tiles import (
 
 RUNTIME = (
     "sums_ptr",  # a part of a tensor, of any alignment
-    *("N", "first_slot", "num_slots", "stride_q_b", "stride_q_h", "stride_q_n"),
+    *("N", "first_slot", "num_slots", "num_keys", "stride_sums"),
+    *("stride_q_b", "stride_q_h", "stride_q_n"),
     *("stride_k_b", "stride_k_h", "stride_k_n", "scale2", "log2_heads"),
     *(
         "stride_map_b",
@@ -137,6 +138,7 @@ def map_kernel(
     N,
     first_slot,
     num_slots,
+    num_keys,
     stride_q_b,
     stride_q_h,
     stride_q_n,
@@ -202,7 +204,7 @@ def map_kernel(
     out_ptr += b * stride_map_b * ALIGN_MAP
     row = slot * (stride_map_s * ALIGN_MAP)
     for part in tl.static_range(PARTS):
-        if tl.program_id(0) * BLOCK_K + part * PART < N:
+        if tl.program_id(0) * BLOCK_K + part * PART < num_keys:
             j, seen = _cells(part, first, last, tag, tags_ptr, vision_ptr, b, N, PART, PARTS)
             tl.store(out_ptr + (row[:, None] + j[None, :]), tl.where(seen, maps[part], 0.0))
 
@@ -225,6 +227,8 @@ def mse_kernel(
     N,
     first_slot,
     num_slots,
+    num_keys,
+    stride_sums,
     stride_q_b,
     stride_q_h,
     stride_q_n,
@@ -254,7 +258,7 @@ def mse_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Writes W (samples, slots, keys) and sums (samples, row tiles, key tiles).
+    """Writes W (samples, slots, keys) and sums (samples, row tiles x key tiles).
 
     The target is `share` times the sum of the workspaces whose bit is set in `members`.
     """
@@ -265,7 +269,7 @@ def mse_kernel(
     i = row_tokens(rows_ptr, b, first_slot + slot, live, N)
     first, last = row_span(first_ptr, last_ptr, b, i, live, N)
     if _nothing_to_see(first, last, before_ptr, b, N, BLOCK_K):
-        tl.store(sums_ptr + _tile(b), 0.0)
+        tl.store(sums_ptr + _tile(b, stride_sums), 0.0)
         return
     tag = row_tags(tags_ptr, b, i, live, N)
     row = slot * (stride_map_s * ALIGN_MAP)
@@ -300,7 +304,7 @@ def mse_kernel(
     )
     square = tl.zeros([BLOCK_Q], tl.float32)
     for part in tl.static_range(PARTS):
-        if tl.program_id(0) * BLOCK_K + part * PART < N:
+        if tl.program_id(0) * BLOCK_K + part * PART < num_keys:
             j, seen = _cells(part, first, last, tag, tags_ptr, vision_ptr, b, N, PART, PARTS)
             cells = row[:, None] + j[None, :]
             target = _target(targets_ptr, cells, stride_t, members, more_members, share, num_maps)
@@ -309,13 +313,13 @@ def mse_kernel(
             if w_ptr is not None:
                 w = (2.0 * gap).to(w_ptr.dtype.element_ty)
                 tl.store(w_ptr + b * stride_map_b * ALIGN_MAP + cells, w)
-    tl.store(sums_ptr + _tile(b), tl.sum(square))
+    tl.store(sums_ptr + _tile(b, stride_sums), tl.sum(square))
 
 
 @triton.jit
-def _tile(b):
-    """Number of the program's tile."""
-    return (b * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+def _tile(b, stride_sums):
+    """Place of the program's sum."""
+    return b * stride_sums + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
 
 
 @triton.jit

@@ -23,7 +23,15 @@ from drivekd_kernels.tiles import (
 
 RUNTIME = (
     "sums_ptr",  # a part of a tensor, of any alignment
-    *("N", "first_slot", "num_slots", "stride_map_b", "stride_map_s", "stride_map_t"),
+    *(
+        "N",
+        "first_slot",
+        "num_slots",
+        "stride_sums",
+        "stride_map_b",
+        "stride_map_s",
+        "stride_map_t",
+    ),
     *("members", "more_members", "share", "log2_share", "num_maps"),
 )
 LN2 = tl.constexpr(0.6931471805599453)
@@ -141,6 +149,7 @@ def cosine_kernel(
     N,
     first_slot,
     num_slots,
+    stride_sums,
     stride_map_b,
     stride_map_s,
     stride_map_t,
@@ -197,7 +206,7 @@ def cosine_kernel(
         gap = _scaled(x_t, scale_t, LOG) / norm_t - _scaled(x_s, scale_s, LOG) / norm_s
         half += tl.sum(gap * gap, 1)
     loss = 0.5 * half
-    tl.store(sums_ptr + b * num_slots + slot, tl.where(counts, loss, 0.0), mask=slot < num_slots)
+    tl.store(sums_ptr + b * stride_sums + slot, tl.where(counts, loss, 0.0), mask=slot < num_slots)
 
     if w_ptr is not None:
         for n in range(begin, end, BLOCK_K):
@@ -229,6 +238,7 @@ def kl_kernel(
     N,
     first_slot,
     num_slots,
+    stride_sums,
     stride_map_b,
     stride_map_s,
     stride_map_t,
@@ -288,4 +298,4 @@ def kl_kernel(
         if w_ptr is not None:
             w = tl.where(seen, p_s - p_t, 0.0)
             tl.store(w_ptr + cells, w.to(w_ptr.dtype.element_ty))
-    tl.store(sums_ptr + b * num_slots + slot, tl.where(counts, loss, 0.0), mask=slot < num_slots)
+    tl.store(sums_ptr + b * stride_sums + slot, tl.where(counts, loss, 0.0), mask=slot < num_slots)

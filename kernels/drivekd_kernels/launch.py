@@ -93,10 +93,14 @@ class Heads:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Slots [first, first + count) of every sample."""
+    """Slots [first, first + count) of every sample, whose rows see none but the first `keys` keys.
+
+    Workspaces of a chunk are as wide as that.
+    """
 
     first: int
     count: int
+    keys: int
 
 
 @dataclass(frozen=True)
@@ -215,8 +219,7 @@ def map_tile(heads: Heads, tokens: Tokens, chunk: Chunk, out: Tensor, *, log: bo
     """
     region = tokens.vision is not None
     meta, tile = _meta("map", heads.query, heads.key, log=log, region=region)
-    N = tokens.num_tokens
-    grid = (_ceil(N, tile.k), _ceil(chunk.count, tile.q), tokens.batch_size)
+    grid = (_ceil(chunk.keys, tile.k), _ceil(chunk.count, tile.q), tokens.batch_size)
     with _on(heads.query):
         attention_map.map_kernel[grid](
             heads.query,
@@ -230,9 +233,10 @@ def map_tile(heads: Heads, tokens: Tokens, chunk: Chunk, out: Tensor, *, log: bo
             tokens.num_rows,
             tokens.vision,
             tokens.before,
-            N,
+            tokens.num_tokens,
             chunk.first,
             chunk.count,
+            chunk.keys,
             *_strides(heads.query),
             *_strides(heads.key),
             *(each // MAP_ALIGN for each in out.stride()[:2]),
@@ -250,7 +254,7 @@ def map_tile(heads: Heads, tokens: Tokens, chunk: Chunk, out: Tensor, *, log: bo
 def mse_size(heads: Heads, tokens: Tokens, chunk: Chunk) -> int:
     """Number of a sample's partial sums in `mse`."""
     _, tile = _meta("mse", heads.query, heads.key, region=tokens.vision is not None)
-    return _ceil(tokens.num_tokens, tile.k) * _ceil(chunk.count, tile.q)
+    return _ceil(chunk.keys, tile.k) * _ceil(chunk.count, tile.q)
 
 
 def mse(
@@ -271,11 +275,10 @@ def mse(
         targets: (maps, B, slots, keys) float32 workspaces.
         group: which of them.
         w: (B, slots, keys) receives dL/dP; None where no gradient is wanted.
-        sums: (B, `mse_size`) float32, contiguous, receives partial sums.
+        sums: (B, at least `mse_size`) float32, receives partial sums.
     """
     meta, tile = _meta("mse", heads.query, heads.key, region=tokens.vision is not None)
-    B, N = tokens.batch_size, tokens.num_tokens
-    grid = (_ceil(N, tile.k), _ceil(chunk.count, tile.q), B)
+    grid = (_ceil(chunk.keys, tile.k), _ceil(chunk.count, tile.q), tokens.batch_size)
     stride_t, stride_b, stride_s = (each // MAP_ALIGN for each in targets.stride()[:3])
     with _on(heads.query):
         attention_map.mse_kernel[grid](
@@ -292,9 +295,11 @@ def mse(
             tokens.num_rows,
             tokens.vision,
             tokens.before,
-            N,
+            tokens.num_tokens,
             chunk.first,
             chunk.count,
+            chunk.keys,
+            sums.stride(0),
             *_strides(heads.query),
             *_strides(heads.key),
             stride_b,
@@ -335,7 +340,7 @@ def row_loss(
         targets: (maps, B, slots, keys), the teachers' in the same domain.
         group: which of them.
         w: (B, slots, keys) receives dL/dP, or dL/dlog P; None where no gradient is wanted.
-        sums: (B, count) float32, contiguous, receives the losses.
+        sums: (B, at least count) float32, receives the losses.
         log: whether maps are logarithms; always for kl.
     """
     kernel = {"cosine": attention_rows.cosine_kernel, "kl": attention_rows.kl_kernel}[loss]
@@ -356,6 +361,7 @@ def row_loss(
             tokens.num_tokens,
             chunk.first,
             chunk.count,
+            sums.stride(0),
             stride_b,
             stride_s,
             stride_t,
@@ -458,7 +464,7 @@ def dk_planes(heads: Heads, tokens: Tokens, chunk: Chunk, *, log: bool) -> int:
     B, H_kv, N, D = heads.key.shape
     key_tiles = _ceil(min(chunk.count, N), tile.k) * H_kv * B
     # Under a causal mask half of the first chunk's tiles are seen, from its own keys.
-    wanted = 1 + _ceil(2 * _programs(heads.query), key_tiles)
+    wanted = 1 + _ceil(2 * programs(heads.query), key_tiles)
     affordable = max(2, PLANES_BYTES // (4 * B * H_kv * N * D))
     return max(2, min(wanted, affordable, MAX_PLANES, 1 + _ceil(chunk.count, tile.q)))
 
@@ -500,7 +506,7 @@ def dk(
     # A tile of keys must not be shared by more programs than there are planes.
     min_share = _ceil(_ceil(chunk.count, tile.q), planes.shape[0] - 1)
     with _on(heads.query):
-        attention_dk.dk_kernel[(_programs(heads.query),)](
+        attention_dk.dk_kernel[(programs(heads.query),)](
             heads.query,
             heads.key,
             w,
@@ -533,13 +539,16 @@ def dk(
         )
 
 
-def rows_per_wave(query: Tensor, key: Tensor) -> int:
-    """Rows of each sample whose programs of dq fill the multiprocessors once."""
-    meta, tile = _meta("dq", query, key, packs=True)
-    packs = key.shape[1] * _ceil(meta["GROUP"], meta["PACK"])
-    programs = _programs(query) // (query.shape[0] * packs)
-    tokens: int = tile.q // meta["PACK"]
-    return max(programs, 1) * tokens
+def map_tile_size(query: Tensor, key: Tensor, *, region: bool) -> tuple[int, int]:
+    """Rows and keys of a program of `map_tile`."""
+    _, tile = _meta("map", query, key, region=region)
+    return tile.q, tile.k
+
+
+def dq_tile_size(query: Tensor, key: Tensor, *, region: bool) -> tuple[int, int]:
+    """Rows of a program of `dq`, and how many programs a sample has for these."""
+    meta, tile = _meta("dq", query, key, region=region, packs=True)
+    return tile.q // meta["PACK"], key.shape[1] * _ceil(meta["GROUP"], meta["PACK"])
 
 
 def map_shape(num_rows: int, num_tokens: int) -> tuple[int, int]:
@@ -555,8 +564,8 @@ def architecture(tensor: Tensor) -> int:
     return int(10 * major + minor)
 
 
-def _programs(tensor: Tensor) -> int:
-    """How many fill a GPU."""
+def programs(tensor: Tensor) -> int:
+    """How many a tensor's GPU holds at once."""
     return RESIDENT * _multiprocessors(tensor)
 
 

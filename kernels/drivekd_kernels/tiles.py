@@ -68,10 +68,7 @@ def load_cells(ptr, cells, seen, some, AS_IS: tl.constexpr = False):
     seen: which cells; None: all. some: whether the tile holds a cell of the region, else nothing
     was written there; None: every tile does. A mask of each cell would be a load of each cell.
     """
-    if some is not None:
-        x = tl.load(ptr + cells, mask=some, other=0.0)
-    else:
-        x = tl.load(ptr + cells)
+    x = tl.load(ptr + cells) if some is None else tl.load(ptr + cells, mask=some, other=0.0)
     if not AS_IS:
         x = x.to(tl.float32)
     if seen is not None:

@@ -115,14 +115,14 @@ def test_no_row_of_the_region(loss):
 
 @everything
 def test_many_chunks_agree_with_one(loss, region, monkeypatch):
-    from drivekd.ops.triton_backend import plan
+    from drivekd.ops.triton_backend import chunks
 
     case = make_case(
         num_samples=2, num_tokens=150, dtype=HALF, student=Heads(2, 1, 16), teacher=Heads(1, 1, 16),
         padding="left", loss=loss, region=region,
     )  # fmt: skip
-    for name, value in (("_MIN_ROWS", 64), ("_CHUNK_BYTES", 1)):
-        monkeypatch.setattr(plan, name, value)
+    for name, value in (("MIN_ROWS", 64), ("CHUNK_BYTES", 1)):
+        monkeypatch.setattr(chunks, name, value)
     assert_triton_matches(case)
 
 

@@ -106,15 +106,16 @@ def test_nothing_is_read_back(idle, loss, num_vision, padded, packed):
 def test_no_tensor_holds_a_map_and_the_extra_memory_is_small(idle, loss):
     """Extra memory against one (H, N, N) float32 tensor of the teacher, at N = 4096.
 
-    A chunk holds half the rows of T, of W and, but for mse, of P: 4 bytes each a cell, of 112.
-    The rest is planes of dk.
+    A chunk holds up to 9/16 of the cells of T, of W and, but for mse, of P: 4 bytes each a cell, of
+    112, which is 1/25 (1/17) of it. The rest is planes of dk: 24 MB here, enough that all
+    multiprocessors of an H200 have work (with 8 planes it would be 18 MB and half of them idle).
     """
     inputs = make_inputs(num_tokens=4096, loss=loss)
     with LiveBytes() as memory:
         _, dq, dk = backend.attention_map_loss(inputs)
     assert memory.largest < 4096 * 4096 * 4
     extra = memory.peak - sum(x.untyped_storage().nbytes() for x in (*dq, *dk))
-    assert extra < 28 * 4096 * 4096 * 4 / (20 if loss == "mse" else 14), extra
+    assert extra < 28 * 4096 * 4096 * 4 / (18 if loss == "mse" else 13), extra
 
 
 def test_teacher_maps_of_overlapping_groups_are_made_once_and_their_room_is_reused(idle):
@@ -169,7 +170,7 @@ def public(needed="qk", *, loss="mse", num_layers=2, **settings):
     )  # fmt: skip
 
 
-GRADIENT_KERNELS = {"delta_kernel", "dq_kernel", "dk_kernel"}
+GRADIENT_KERNELS = {"delta_kernel", "dq_kernel", "dk_kernel", "spans_kernel"}
 needs_launches = pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
     reason="backend='triton' takes CPU tensors only with TRITON_INTERPRET=1",
@@ -181,10 +182,10 @@ needs_launches = pytest.mark.skipif(
 def test_only_what_needs_a_gradient_gets_one(idle, loss):
     both = launched(idle, lambda: public("qk", loss=loss))
     assert both.count("dq_kernel") == both.count("dk_kernel") == 1  # the other layer has none
-    for needed, missing in (("q", "dk_kernel"), ("k", "dq_kernel")):
+    for needed, missing in (("q", {"dk_kernel", "spans_kernel"}), ("k", {"dq_kernel"})):
         names = launched(idle, lambda needed=needed: public(needed, loss=loss))
-        assert missing not in names, needed
-        assert set(both) - set(names) <= {missing}
+        assert not missing & set(names), needed
+        assert set(both) - set(names) <= missing
     names = launched(idle, lambda: public("", loss=loss))
     assert not GRADIENT_KERNELS & set(names)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from tests.helpers.random_attention import draw_call, excess
 
 pytest.importorskip("triton")
 launch = pytest.importorskip("drivekd_kernels.launch")
-plan = pytest.importorskip("drivekd.ops.triton_backend.plan")
+chunks = pytest.importorskip("drivekd.ops.triton_backend.chunks")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -58,9 +58,12 @@ def test_random_calls_in_random_tiles_match_the_twin(seed, monkeypatch):
     single = pick.random() < 0.5
     monkeypatch.setattr(launch, "tiles", tiles)
     monkeypatch.setattr(launch, "one_pass", lambda query: single)
-    monkeypatch.setattr(launch, "DK_PROGRAMS", pick.choice((1, 20, 528)))
-    monkeypatch.setattr(plan, "_MIN_ROWS", pick.choice((64, 128, 1024)))
-    monkeypatch.setattr(plan, "_CHUNK_BYTES", 1)
+    programs = pick.choice((1, 3, 20, 264))
+    monkeypatch.setattr(launch, "programs", lambda tensor: programs)
+    monkeypatch.setattr(launch, "MAX_PLANES", pick.choice((2, 3, 16)))
+    monkeypatch.setattr(chunks, "STEP", 16)
+    monkeypatch.setattr(chunks, "MIN_ROWS", pick.choice((16, 32, 1024)))
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
     assert_matches(seed, max_tokens=48)
 
 

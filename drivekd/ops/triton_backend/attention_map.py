@@ -6,6 +6,7 @@ dk. The workspaces hold a chunk of rows of single maps: nothing has a head axis 
 tokens. kernels/README.md has the maths.
 """
 
+import math
 import os
 
 import torch
@@ -35,7 +36,7 @@ def attention_map(layer: AttentionLayer, layout: AttentionLayout, window: int | 
         rows = out[:, first : first + _MAP_ROWS]
         count = rows.shape[1]
         tile = out.new_zeros((layout.batch_size, *launch.map_shape(count, N)))
-        launch.map_tile(heads, tokens, launch.Chunk(first, count), tile, log=False)
+        launch.map_tile(heads, tokens, launch.Chunk(first, count, N), tile, log=False)
         rows.copy_(tile[:, :count, :N])
     return out
 
@@ -67,7 +68,7 @@ def attention_map_loss(
                     teachers[each.index, each.window],
                     student.tokens,
                     chunk,
-                    work.targets[slot],
+                    work.targets(chunk)[slot],
                     log=plan.in_logs,
                 )
             student.add(number, chunk, work, launch.Group(step.members))
@@ -79,23 +80,41 @@ def attention_map_loss(
 
 
 class _Workspace:
-    """Maps of one chunk, keys padded: the teachers', the student's, and its W."""
+    """Maps of one chunk after the other: the teachers', the student's, and its W.
+
+    The same memory serves all chunks, whatever their rows and keys.
+    """
 
     def __init__(self, inputs: AttentionMapLossInputs, plan: Plan) -> None:
-        layout = inputs.layout
-        shape = (layout.batch_size, *launch.map_shape(plan.rows, layout.num_tokens))
-        self._shape = shape
-        self._device = layout.device
+        self._device = inputs.layout.device
+        self._batch_size = inputs.layout.batch_size
+        self._cells = max(math.prod(self._shape(chunk)) for chunk in plan.chunks)
+        self._targets = self._empty((plan.num_slots, self._cells), torch.float32)
+        self._map = self._empty((self._cells,), torch.float32) if inputs.loss != "mse" else None
         self._w: dict[torch.dtype, Tensor] = {}
-        self.targets = self._empty((plan.num_slots, *shape), torch.float32)
-        self.map = self._empty(shape, torch.float32) if inputs.loss != "mse" else None
 
-    def w(self, like: Tensor) -> Tensor:
-        """Room for W: bfloat16 for bfloat16 models, else float32."""
+    def targets(self, chunk: launch.Chunk) -> Tensor:
+        """(maps, B, slots, keys) float32."""
+        shape = self._shape(chunk)
+        return self._targets[:, : math.prod(shape)].view(-1, *shape)
+
+    def map(self, chunk: launch.Chunk) -> Tensor | None:
+        """(B, slots, keys) float32; None where the loss makes no map of the student."""
+        return None if self._map is None else self._view(self._map, chunk)
+
+    def w(self, chunk: launch.Chunk, like: Tensor) -> Tensor:
+        """(B, slots, keys): bfloat16 for bfloat16 models, else float32."""
         dtype = torch.bfloat16 if like.dtype == torch.bfloat16 else torch.float32
         if dtype not in self._w:
-            self._w[dtype] = self._empty(self._shape, dtype)
-        return self._w[dtype]
+            self._w[dtype] = self._empty((self._cells,), dtype)
+        return self._view(self._w[dtype], chunk)
+
+    def _shape(self, chunk: launch.Chunk) -> tuple[int, int, int]:
+        return (self._batch_size, *launch.map_shape(chunk.count, chunk.keys))
+
+    def _view(self, cells: Tensor, chunk: launch.Chunk) -> Tensor:
+        shape = self._shape(chunk)
+        return cells[: math.prod(shape)].view(shape)
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self._device)
@@ -117,9 +136,12 @@ class _Student:
         self._loss = inputs.loss
         self._in_logs = plan.in_logs
         self._query, self._key = inputs.student[index].query, inputs.student[index].key
-        chunk = plan.chunks[0]
-        parts = launch.mse_size(heads, tokens, chunk) if inputs.loss == "mse" else chunk.count
-        self._sums = heads.lse2.new_empty((len(plan.chunks), tokens.batch_size, parts))
+        parts = [
+            launch.mse_size(heads, tokens, chunk) if inputs.loss == "mse" else chunk.count
+            for chunk in plan.chunks
+        ]
+        # A chunk leaves alone what others need more of.
+        self._sums = heads.lse2.new_zeros((len(parts), tokens.batch_size, max(parts)))
         self._dq: Tensor | None = None
         self._planes: Tensor | None = None
         if inputs.needs_dq[index]:
@@ -127,7 +149,9 @@ class _Student:
             make = torch.empty_like if tokens.rows is None else torch.zeros_like
             self._dq = make(heads.query, dtype=torch.float32)
         if inputs.needs_dk[index]:
-            planes = launch.dk_planes(heads, tokens, chunk, log=plan.in_logs)
+            planes = max(
+                launch.dk_planes(heads, tokens, chunk, log=plan.in_logs) for chunk in plan.chunks
+            )
             self._spans = launch.key_spans(heads, tokens, log=plan.in_logs)
             self._planes = torch.zeros(
                 (planes, *self._key.shape), dtype=torch.float32, device=self._key.device
@@ -137,16 +161,16 @@ class _Student:
         """Loss and gradients of one chunk, whose targets are in the workspace."""
         heads, tokens, sums = self._heads, self.tokens, self._sums[number]
         needed = self._dq is not None or self._planes is not None
-        w = work.w(heads.query) if needed else None
-        logs = None
-        if work.map is None:
-            launch.mse(heads, tokens, chunk, work.targets, group, w, sums)
+        w = work.w(chunk, heads.query) if needed else None
+        targets, own, logs = work.targets(chunk), work.map(chunk), None
+        if own is None:
+            launch.mse(heads, tokens, chunk, targets, group, w, sums)
         else:
-            launch.map_tile(heads, tokens, chunk, work.map, log=self._in_logs)
+            launch.map_tile(heads, tokens, chunk, own, log=self._in_logs)
             launch.row_loss(
-                self._loss, tokens, chunk, work.map, work.targets, group, w, sums, log=self._in_logs
+                self._loss, tokens, chunk, own, targets, group, w, sums, log=self._in_logs
             )
-            logs = work.map if self._in_logs else None
+            logs = own if self._in_logs else None
         if w is None:
             return
         if self._dq is not None:

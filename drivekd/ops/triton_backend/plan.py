@@ -4,16 +4,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from drivekd_kernels.launch import MAX_MAPS, Chunk, map_shape, rows_per_wave
+from drivekd_kernels.launch import MAX_MAPS
 
 from drivekd.ops.attention_inputs import AttentionMapLossInputs
-
-# Bytes that one chunk's workspaces may take before it gets fewer rows, and the rows that it has at
-# least. Many rows matter more than staying in the L2 cache: every launch ends with idle processors.
-_CHUNK_BYTES = 288 * 2**20
-_MIN_ROWS = 1024
-_ROW_STEP = 64
-HALVED = 4096  # tokens from which on no workspace holds as many cells as one map
+from drivekd.ops.triton_backend.chunks import cut
 
 
 @dataclass(frozen=True)
@@ -52,23 +46,15 @@ class Plan:
                 f"{MAX_MAPS}; use smaller groups or backend='torch'"
             )
         self.maps = {each for step in self.steps for each, _ in step.new}
-        N = inputs.layout.num_tokens
-        self.rows = _rows(inputs, self.num_slots + (inputs.loss != "mse"))
-        self.chunks = [Chunk(first, self.rows) for first in range(0, N, self.rows)]
-
-
-def _rows(inputs: AttentionMapLossInputs, num_maps: int) -> int:
-    """Rows of a chunk: all, half of them, or what is affordable in whole waves of dq's programs."""
-    layout = inputs.layout
-    cell_bytes = 4 * num_maps + min(4, inputs.student[0].query.element_size())
-    limit = layout.num_tokens if layout.num_tokens < HALVED else layout.num_tokens // 2
-    row_bytes = layout.batch_size * map_shape(1, layout.num_tokens)[1] * cell_bytes
-    affordable = max(_CHUNK_BYTES // row_bytes, _MIN_ROWS)
-    if affordable >= limit:
-        return limit
-    wave = rows_per_wave(inputs.student[0].query, inputs.student[0].key)
-    rows = affordable // wave * wave or min(wave, 2 * affordable)
-    return min(limit, max(rows // _ROW_STEP, 1) * _ROW_STEP)
+        student, teacher = inputs.student[0], inputs.teacher[0]
+        region = inputs.layout.is_text is not None
+        self.chunks = cut(
+            (student.query, student.key),
+            (teacher.query, teacher.key),
+            num_maps=self.num_slots + (inputs.loss != "mse"),
+            region=region,
+            grows=inputs.layout.causal and not region,
+        )
 
 
 def _schedule(inputs: AttentionMapLossInputs) -> tuple[list[Step], int]:

@@ -16,7 +16,8 @@ def kernel_tokens(layout: AttentionLayout, window: int | None, *, compact: bool)
     Args:
         layout: padding, segments and the region.
         window: keys less than so many tokens away are seen; None: no bound.
-        compact: list the region's rows and count them, where not every token is one.
+        compact: list the region's rows and count them, where it has some only. Padding needs no
+            list: it sees nothing, and rows in their own places see none but the keys before them.
     """
     B, N = layout.batch_size, layout.num_tokens
     if layout.segment_ids is None and _can_launch(layout.device):
@@ -28,7 +29,7 @@ def kernel_tokens(layout: AttentionLayout, window: int | None, *, compact: bool)
             is_vision=layout.is_vision,
             causal=layout.causal,
             window=window,
-            listed=compact and layout.region_rows is not None,
+            listed=compact and layout.is_text is not None,
         )
     position = torch.arange(N, device=layout.device).expand(B, N)
     ranks, valid = layout.segment_ranks(), layout.valid
@@ -44,7 +45,7 @@ def kernel_tokens(layout: AttentionLayout, window: int | None, *, compact: bool)
         first, row_first = first.masked_fill(~valid, N), row_first.masked_fill(~valid, N)
         last, row_last = last.masked_fill(~valid, -1), row_last.masked_fill(~valid, -1)
     rows = slots = num_rows = None
-    if compact and layout.region_rows is not None:
+    if compact and layout.is_text is not None and layout.region_rows is not None:
         rows, slots, num_rows = _listed(layout.region_rows, position)
     vision = before = None
     if layout.is_vision is not None and layout.region_keys is not None:
