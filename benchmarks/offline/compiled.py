@@ -54,7 +54,7 @@ class Compiled:
     Attributes:
         name: pass.
         arch: 80, 90 or 100.
-        block_q, block_k, block_d: of its tile.
+        block_q, block_k, block_d: of its tile, with both pieces of head dims.
         warps: of a program.
         registers: of a thread.
         stack: bytes of a thread in local memory: spills, of loops or of what is outside of them.
@@ -211,7 +211,7 @@ def _compile(launch: Launch, arch: int) -> Compiled:
         arch=arch,
         block_q=values.get("BLOCK_Q", 0),
         block_k=values.get("BLOCK_K", 0),
-        block_d=values.get("BLOCK_D", 0),
+        block_d=values.get("BLOCK_D", 0) + values.get("TAIL", 0),
         warps=launch.warps,
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
         stack=int(re.search(r"STACK:(\d+)", usage).group(1)),

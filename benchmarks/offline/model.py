@@ -211,7 +211,7 @@ def _macs(compiled: Compiled, loop) -> float:
 def _l2_bytes(launch: Launch, compiled: Compiled, work: Work, region: float):
     """Bytes that each program loads and stores."""
     values = launch.values
-    q, k, d = values["BLOCK_Q"], values["BLOCK_K"], values.get("BLOCK_D", 0)
+    q, k, d = values["BLOCK_Q"], values["BLOCK_K"], compiled.block_d
     tiles = work.whole + work.masked
     outer = work.whole_outer + work.masked_outer
     if launch.name in ("cosine", "kl"):

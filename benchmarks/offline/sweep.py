@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from drivekd_kernels.launch import padded_dims
 from drivekd_kernels.tuned import Tiles
 
 from benchmarks.offline import model
@@ -14,7 +15,7 @@ from benchmarks.shapes import Pair
 
 PASSES = ("lse", "map", "mse", "delta", "dq", "dk")
 # A model's query heads and key heads by head dim: those of the named shapes, the larger group last.
-HEADS = {32: (8, 2), 64: (14, 2), 96: (16, 2), 128: (16, 2), 256: (8, 2)}
+HEADS = {32: (8, 2), 64: (14, 2), 80: (16, 4), 96: (16, 4), 128: (16, 2), 256: (8, 2)}
 TEACHER_HEADS = {**HEADS, 128: (28, 4)}
 
 
@@ -82,7 +83,7 @@ def sweep(
     table = TEACHER_HEADS if name in ("lse", "map") else HEADS
     H, H_kv = heads or table.get(head_dim, (8, 2))
     pair = Pair(1, num_tokens, (H, H_kv, head_dim), (H, H_kv, head_dim), num_vision)
-    block_d = max(16, 1 << (head_dim - 1).bit_length())
+    block_d = padded_dims(head_dim)
     wanted = ("map", "mse") if name in ("map", "mse") else (name,)
     modes: tuple[bool | None, ...] = {"dq": (False, True), "delta": (False,)}.get(name, (None,))
     for one_pass in modes:

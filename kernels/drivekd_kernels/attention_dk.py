@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from drivekd_kernels.tiles import (
+    add_product,
     count_masked,
     count_region,
     count_rows,
@@ -22,10 +23,13 @@ from drivekd_kernels.tiles import (
     load_cells,
     load_rows,
     masked_tile,
+    multiply,
     row_span,
     row_tags,
     row_tokens,
     sees,
+    turned,
+    zero_rows,
 )
 
 RUNTIME = (
@@ -107,6 +111,7 @@ def dk_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr,
     ALIGN_Q: tl.constexpr,
     ALIGN_K: tl.constexpr,
     ALIGN_MAP: tl.constexpr,
@@ -181,7 +186,7 @@ def dk_kernel(
                 first_ptr, last_ptr, tags_ptr, rows_ptr, before_ptr, b, n, N,
                 begin, full_begin, full_end, end, stop, first_slot, num_slots,
                 stride_q_h, stride_q_n, stride_k_n, stride_map_s, scale2, factor,
-                GROUP, D, BLOCK_D, ALIGN_Q, ALIGN_K, ALIGN_MAP, BLOCK_Q, PART, PARTS, STAGES,
+                GROUP, D, BLOCK_D, TAIL, ALIGN_Q, ALIGN_K, ALIGN_MAP, BLOCK_Q, PART, PARTS, STAGES,
                 PRECISION, GRAD_DTYPE, GRAD_PRECISION,
             )  # fmt: skip
 
@@ -235,18 +240,18 @@ def _add_keys(
     q_ptr, k_ptr, w_ptr, log_ptr, pairs_ptr, plane_ptr, first_ptr, last_ptr, tags_ptr, rows_ptr,
     before_ptr, b, n, N, begin, full_begin, full_end, end, stop, first_slot, num_slots,
     stride_q_h, stride_q_n, stride_k_n, stride_map_s, scale2, factor,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN_Q: tl.constexpr,
-    ALIGN_K: tl.constexpr, ALIGN_MAP: tl.constexpr, BLOCK_Q: tl.constexpr, PART: tl.constexpr,
-    PARTS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    GRAD_DTYPE: tl.constexpr, GRAD_PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
+    ALIGN_Q: tl.constexpr, ALIGN_K: tl.constexpr, ALIGN_MAP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, GRAD_DTYPE: tl.constexpr, GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what rows begin .. end give to a tile of keys to its plane (N, D)."""
     keys, accs = (), ()
     for part in tl.static_range(PARTS):
         j = n + part * PART + tl.arange(0, PART)
         _, key_live = key_tags(tags_ptr, b, j, N)
-        keys = keys + (load_rows(k_ptr, stride_k_n * ALIGN_K, j, key_live, D, BLOCK_D),)
-        accs = accs + (tl.zeros([PART, BLOCK_D], tl.float32),)
+        keys = keys + (load_rows(k_ptr, stride_k_n * ALIGN_K, j, key_live, D, BLOCK_D, TAIL),)
+        accs = accs + (zero_rows(PART, BLOCK_D, TAIL),)
     stride_s = stride_map_s * ALIGN_MAP
     for m in range(full_begin, full_end, BLOCK_Q):
         slot = m + tl.arange(0, BLOCK_Q)
@@ -254,7 +259,8 @@ def _add_keys(
         accs = _add_rows(
             accs, keys, q_ptr, w_ptr, log_ptr, pairs_ptr, None, None, None, tags_ptr,
             before_ptr, b, n, i, slot, None, N, num_slots, stride_q_h, stride_q_n, stride_s, scale2,
-            GROUP, D, BLOCK_D, ALIGN_Q, PART, PARTS, STAGES, PRECISION, GRAD_DTYPE, GRAD_PRECISION,
+            GROUP, D, BLOCK_D, TAIL, ALIGN_Q, PART, PARTS, STAGES, PRECISION, GRAD_DTYPE,
+            GRAD_PRECISION,
         )  # fmt: skip
     for t in range(count_masked(begin, full_begin, full_end, end, BLOCK_Q)):
         slot = masked_tile(t, begin, full_begin, full_end, BLOCK_Q) + tl.arange(0, BLOCK_Q)
@@ -267,19 +273,28 @@ def _add_keys(
             one = _add_rows(
                 (accs[part],), (keys[part],), q_ptr, w_ptr, log_ptr, pairs_ptr, first,
                 last, tag, tags_ptr, before_ptr, b, n + part * PART, i, slot, live, N, num_slots,
-                stride_q_h, stride_q_n, stride_s, scale2, GROUP, D, BLOCK_D, ALIGN_Q, PART, 1,
+                stride_q_h, stride_q_n, stride_s, scale2, GROUP, D, BLOCK_D, TAIL, ALIGN_Q, PART, 1,
                 STAGES, PRECISION, GRAD_DTYPE, GRAD_PRECISION,
             )  # fmt: skip
             masked = masked + one
         accs = masked
-    d = tl.arange(0, BLOCK_D)
     for part in tl.static_range(PARTS):
         j = n + part * PART + tl.arange(0, PART)
         _, key_live = key_tags(tags_ptr, b, j, N)
-        ptrs = plane_ptr + (j[:, None] * D + d[None, :])
-        mask = key_live[:, None] & (d < D)[None, :]
-        before = tl.load(ptrs, mask=mask, other=0.0)
-        tl.store(ptrs, before + accs[part] * factor, mask=mask)
+        _add_to_plane(plane_ptr, j, key_live, accs[part][0] * factor, 0, D, BLOCK_D)
+        if TAIL:
+            _add_to_plane(plane_ptr, j, key_live, accs[part][1] * factor, BLOCK_D, D, TAIL)
+
+
+@triton.jit
+def _add_to_plane(
+    plane_ptr, j, live, values, begin: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr
+):
+    d = begin + tl.arange(0, WIDTH)
+    ptrs = plane_ptr + (j[:, None] * D + d[None, :])
+    mask = live[:, None] & (d < D)[None, :]
+    before = tl.load(ptrs, mask=mask, other=0.0)
+    tl.store(ptrs, before + values, mask=mask)
 
 
 @triton.jit
@@ -309,6 +324,7 @@ def _add_rows(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr,
     ALIGN_Q: tl.constexpr,
     PART: tl.constexpr,
     PARTS: tl.constexpr,
@@ -318,7 +334,7 @@ def _add_rows(
     GRAD_PRECISION: tl.constexpr,
 ):
     """One tile of rows, all query heads of the group; rows see all keys if live is None."""
-    PACKED: tl.constexpr = BLOCK_D > 64 and w_ptr.dtype.element_ty == tl.bfloat16
+    PACKED: tl.constexpr = BLOCK_D + TAIL > 64 and w_ptr.dtype.element_ty == tl.bfloat16
     ws, logs, seens = (), (), ()
     for part in tl.static_range(PARTS):
         j = n + part * PART + tl.arange(0, PART)
@@ -345,11 +361,11 @@ def _add_rows(
     two = tl.arange(0, 2)
     for g in tl.range(0, GROUP, num_stages=STAGES):
         step = stride_n + tl.minimum(N + g, 0) * ALIGN_Q if PACKED else stride_n
-        q = load_rows(q_ptr + g * stride_h, step, i, live, D, BLOCK_D)
+        q = load_rows(q_ptr + g * stride_h, step, i, live, D, BLOCK_D, TAIL)
         pairs = pairs_ptr + g * num_slots * 2 + (slot[:, None] * 2 + two[None, :])
         new = ()
         for part in tl.static_range(PARTS):
-            x = tl.dot(keys[part], tl.trans(q), input_precision=PRECISION)
+            x = multiply(keys[part], turned(q), PRECISION)
             if live is None:
                 pair = tl.load(pairs, eviction_policy="evict_last" if PACKED and part == 1 else "")
             else:
@@ -364,10 +380,7 @@ def _add_rows(
                 ds = ds * (cell - delta[None, :] * tl.exp2(logs[part]))
             else:
                 ds = tl.exp2(x) * (cell - delta[None, :])
-            acc = tl.dot(
-                ds.to(GRAD_DTYPE), q.to(GRAD_DTYPE), accs[part], input_precision=GRAD_PRECISION
-            )
-            new = new + (acc,)
+            new = new + (add_product(accs[part], ds, q, GRAD_DTYPE, GRAD_PRECISION),)
         accs = new
     return accs
 

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 
 from drivekd_kernels.tiles import (
+    add_product,
+    add_scaled,
     count_masked,
     count_region,
     count_rows,
@@ -28,11 +30,14 @@ from drivekd_kernels.tiles import (
     load_cells,
     load_rows,
     masked_tile,
+    multiply,
     row_span,
     row_tags,
     row_tokens,
     sees,
     tile_span,
+    turned,
+    zero_rows,
 )
 
 RUNTIME = (
@@ -64,26 +69,6 @@ def _packed_rows(
     stop = tl.minimum(count_rows(num_rows_ptr, b, N), first_slot + num_slots)
     live = (first_slot + slot < stop) & (r < TOKENS * PACK) & (member < GROUP)
     return kv, kv * GROUP + tl.minimum(member, GROUP - 1), tl.minimum(slot, num_slots - 1), live
-
-
-@triton.jit
-def _load_packed(
-    q_ptr,
-    h,
-    i,
-    stride_q_h,
-    stride_q_n,
-    ALIGN_Q: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """(rows, BLOCK_D), every row of its own head; of rows that do not exist, another one's."""
-    d = tl.arange(0, BLOCK_D)
-    ptrs = q_ptr + ((h * stride_q_h + i * stride_q_n) * ALIGN_Q)[:, None] + d[None, :]
-    if D == BLOCK_D:
-        return tl.load(ptrs)
-    else:
-        return tl.load(ptrs, mask=(d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -133,6 +118,7 @@ def delta_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr,
     PACK: tl.constexpr,
     ALIGN_Q: tl.constexpr,
     ALIGN_K: tl.constexpr,
@@ -153,7 +139,7 @@ def delta_kernel(
     stride_k = stride_k_n * ALIGN_K
     q_ptr += b * stride_q_b * ALIGN_Q
     k_ptr += (b * stride_k_b + kv.to(tl.int64) * stride_k_h) * ALIGN_K
-    q = _load_packed(q_ptr, h, i, stride_q_h, stride_q_n, ALIGN_Q, D, BLOCK_D)
+    q = load_rows(q_ptr, (h * stride_q_h + i * stride_q_n) * ALIGN_Q, None, None, D, BLOCK_D, TAIL)
     lse2 = tl.load(lse2_ptr + b * H * N + (h * N + i), mask=live, other=float("inf"))
     row = slot * (stride_map_s * ALIGN_MAP)
     w_ptr += b * stride_map_b * ALIGN_MAP
@@ -164,16 +150,16 @@ def delta_kernel(
     begin, full_begin, full_end, end = tile_span(first, last, live, tag, N, tags_ptr, BLOCK_K)
     for n in tl.range(full_begin, full_end, BLOCK_K, num_stages=STAGES):
         j = n + tl.arange(0, BLOCK_K)
-        k = load_rows(k_ptr, stride_k, j, None, D, BLOCK_D)
-        x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 - lse2[:, None]
+        k = load_rows(k_ptr, stride_k, j, None, D, BLOCK_D, TAIL)
+        x = multiply(q, turned(k), PRECISION) * scale2 - lse2[:, None]
         r, p, w = _ratio(x, row, n, None, w_ptr, log_ptr, before_ptr, b, N, BLOCK_K)
         moment, mass = moment + tl.sum(r * w, 1), mass + tl.sum(p, 1)
     for t in range(count_masked(begin, full_begin, full_end, end, BLOCK_K)):
         n = masked_tile(t, begin, full_begin, full_end, BLOCK_K)
         j = n + tl.arange(0, BLOCK_K)
         key_tag, key_live = key_tags(tags_ptr, b, j, N)
-        k = load_rows(k_ptr, stride_k, j, key_live, D, BLOCK_D)
-        x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 - lse2[:, None]
+        k = load_rows(k_ptr, stride_k, j, key_live, D, BLOCK_D, TAIL)
+        x = multiply(q, turned(k), PRECISION) * scale2 - lse2[:, None]
         seen = sees(
             first[:, None], last[:, None], tag[:, None], j[None, :], key_tag[None, :], tags_ptr
         )
@@ -222,6 +208,7 @@ def dq_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr,
     PACK: tl.constexpr,
     ALIGN_Q: tl.constexpr,
     ALIGN_K: tl.constexpr,
@@ -244,7 +231,7 @@ def dq_kernel(
     stride_k = stride_k_n * ALIGN_K
     q_ptr += b * stride_q_b * ALIGN_Q
     k_ptr += (b * stride_k_b + kv.to(tl.int64) * stride_k_h) * ALIGN_K
-    q = _load_packed(q_ptr, h, i, stride_q_h, stride_q_n, ALIGN_Q, D, BLOCK_D)
+    q = load_rows(q_ptr, (h * stride_q_h + i * stride_q_n) * ALIGN_Q, None, None, D, BLOCK_D, TAIL)
     lse2 = tl.load(lse2_ptr + b * H * N + (h * N + i), mask=live, other=float("inf"))
     row = slot * (stride_map_s * ALIGN_MAP)
     w_ptr += b * stride_map_b * ALIGN_MAP
@@ -256,44 +243,63 @@ def dq_kernel(
     if not ONE_PASS:
         delta = tl.load(pairs_ptr + 1, mask=live, other=0.0)
     moment, mass = tl.zeros([BLOCK_Q], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
-    a = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    o = tl.zeros([BLOCK_Q, BLOCK_D] if ONE_PASS else [1, 1], tl.float32)
+    a = zero_rows(BLOCK_Q, BLOCK_D, TAIL)
+    o = a if ONE_PASS else ()
     begin, full_begin, full_end, end = tile_span(first, last, live, tag, N, tags_ptr, BLOCK_K)
     for n in tl.range(full_begin, full_end, BLOCK_K, num_stages=STAGES):
         j = n + tl.arange(0, BLOCK_K)
-        k = load_rows(k_ptr, stride_k, j, None, D, BLOCK_D)
-        x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 - lse2[:, None]
+        k = load_rows(k_ptr, stride_k, j, None, D, BLOCK_D, TAIL)
+        x = multiply(q, turned(k), PRECISION) * scale2 - lse2[:, None]
         r, p, w = _ratio(x, row, n, None, w_ptr, log_ptr, before_ptr, b, N, BLOCK_K)
-        rw = r * w
-        if ONE_PASS:
-            moment, mass = moment + tl.sum(rw, 1), mass + tl.sum(p, 1)
-            before, delta = delta, moment / tl.maximum(mass, 1e-30)
-            a += (before - delta)[:, None] * o
-            o = tl.dot(p.to(GRAD_DTYPE), k.to(GRAD_DTYPE), o, input_precision=GRAD_PRECISION)
-        ds = rw - p * delta[:, None]
-        a = tl.dot(ds.to(GRAD_DTYPE), k.to(GRAD_DTYPE), a, input_precision=GRAD_PRECISION)
+        a, o, moment, mass, delta = _add_tile(
+            a, o, moment, mass, delta, r, p, w, k, ONE_PASS, GRAD_DTYPE, GRAD_PRECISION
+        )
     for t in range(count_masked(begin, full_begin, full_end, end, BLOCK_K)):
         n = masked_tile(t, begin, full_begin, full_end, BLOCK_K)
         j = n + tl.arange(0, BLOCK_K)
         key_tag, key_live = key_tags(tags_ptr, b, j, N)
-        k = load_rows(k_ptr, stride_k, j, key_live, D, BLOCK_D)
-        x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 - lse2[:, None]
+        k = load_rows(k_ptr, stride_k, j, key_live, D, BLOCK_D, TAIL)
+        x = multiply(q, turned(k), PRECISION) * scale2 - lse2[:, None]
         seen = sees(
             first[:, None], last[:, None], tag[:, None], j[None, :], key_tag[None, :], tags_ptr
         )
         x = tl.where(seen, x, float("-inf"))
         r, p, w = _ratio(x, row, n, seen, w_ptr, log_ptr, before_ptr, b, N, BLOCK_K)
-        rw = r * w
-        if ONE_PASS:
-            moment, mass = moment + tl.sum(rw, 1), mass + tl.sum(p, 1)
-            before, delta = delta, moment / tl.maximum(mass, 1e-30)
-            a += (before - delta)[:, None] * o
-            o = tl.dot(p.to(GRAD_DTYPE), k.to(GRAD_DTYPE), o, input_precision=GRAD_PRECISION)
-        ds = rw - p * delta[:, None]
-        a = tl.dot(ds.to(GRAD_DTYPE), k.to(GRAD_DTYPE), a, input_precision=GRAD_PRECISION)
+        a, o, moment, mass, delta = _add_tile(
+            a, o, moment, mass, delta, r, p, w, k, ONE_PASS, GRAD_DTYPE, GRAD_PRECISION
+        )
     if ONE_PASS:
         tl.store(pairs_ptr, lse2, mask=live)
         tl.store(pairs_ptr + 1, delta, mask=live)
+    dq_ptr += b * stride_dq_b + (h * stride_dq_h + i * stride_dq_n)[:, None]
     d = tl.arange(0, BLOCK_D)
-    dq_ptr += b * stride_dq_b + (h * stride_dq_h + i * stride_dq_n)[:, None] + d[None, :]
-    tl.store(dq_ptr, a * factor, mask=live[:, None] & (d < D)[None, :])
+    tl.store(dq_ptr + d[None, :], a[0] * factor, mask=live[:, None] & (d < D)[None, :])
+    if TAIL:
+        d = BLOCK_D + tl.arange(0, TAIL)
+        tl.store(dq_ptr + d[None, :], a[1] * factor, mask=live[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _add_tile(
+    a,
+    o,
+    moment,
+    mass,
+    delta,
+    r,
+    p,
+    w,
+    k,
+    ONE_PASS: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    GRAD_PRECISION: tl.constexpr,
+):
+    """One tile more in dq; if ONE_PASS, delta is what it is so far, and a follows it."""
+    rw = r * w
+    if ONE_PASS:
+        moment, mass = moment + tl.sum(rw, 1), mass + tl.sum(p, 1)
+        before, delta = delta, moment / tl.maximum(mass, 1e-30)
+        a = add_scaled(a, (before - delta)[:, None], o)
+        o = add_product(o, p, k, GRAD_DTYPE, GRAD_PRECISION)
+    a = add_product(a, rw - p * delta[:, None], k, GRAD_DTYPE, GRAD_PRECISION)
+    return a, o, moment, mass, delta

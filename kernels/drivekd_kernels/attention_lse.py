@@ -16,6 +16,7 @@ from drivekd_kernels.tiles import (
     load_columns,
     load_rows,
     masked_tile,
+    multiply,
     row_span,
     row_tags,
     row_tokens,
@@ -51,6 +52,7 @@ def lse_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr,
     ALIGN_Q: tl.constexpr,
     ALIGN_K: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -72,21 +74,21 @@ def lse_kernel(
     q_ptr += (b * stride_q_b + h.to(tl.int64) * stride_q_h) * ALIGN_Q
     k_ptr += (b * stride_k_b + (h // GROUP).to(tl.int64) * stride_k_h) * ALIGN_K
     stride_k = stride_k_n * ALIGN_K
-    q = load_rows(q_ptr, stride_q_n * ALIGN_Q, i, None, D, BLOCK_D)
+    q = load_rows(q_ptr, stride_q_n * ALIGN_Q, i, None, D, BLOCK_D, TAIL)
 
     top = tl.full([BLOCK_Q], -1e30, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     begin, full_begin, full_end, end = tile_span(first, last, live, tag, N, tags_ptr, BLOCK_K)
     for n in tl.range(full_begin, full_end, BLOCK_K, num_stages=STAGES):
         j = n + tl.arange(0, BLOCK_K)
-        k = load_columns(k_ptr, stride_k, j, None, D, BLOCK_D)
-        s = tl.dot(q, k, input_precision=PRECISION) * scale2
+        k = load_columns(k_ptr, stride_k, j, None, D, BLOCK_D, TAIL)
+        s = multiply(q, k, PRECISION) * scale2
         top, total = _add(top, total, s)
     for t in range(count_masked(begin, full_begin, full_end, end, BLOCK_K)):
         j = masked_tile(t, begin, full_begin, full_end, BLOCK_K) + tl.arange(0, BLOCK_K)
         key_tag, key_live = key_tags(tags_ptr, b, j, N)
-        k = load_columns(k_ptr, stride_k, j, key_live, D, BLOCK_D)
-        s = tl.dot(q, k, input_precision=PRECISION) * scale2
+        k = load_columns(k_ptr, stride_k, j, key_live, D, BLOCK_D, TAIL)
+        s = multiply(q, k, PRECISION) * scale2
         seen = sees(
             first[:, None], last[:, None], tag[:, None], j[None, :], key_tag[None, :], tags_ptr
         )

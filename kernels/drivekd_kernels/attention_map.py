@@ -24,6 +24,7 @@ from drivekd_kernels.tiles import (
     key_tags,
     load_columns,
     load_rows,
+    multiply,
     row_span,
     row_tags,
     row_tokens,
@@ -66,6 +67,7 @@ def _head_means(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     PART: tl.constexpr,
     PARTS: tl.constexpr,
@@ -87,11 +89,11 @@ def _head_means(
             # are not kept in registers from one to the next.
             n = tl.minimum(tl.program_id(0) * (PART * PARTS), N + kv) + part * PART
             j = tl.minimum(n + tl.arange(0, PART), N - 1)
-            k = load_columns(k_ptr + kv * stride_k_h, stride_k_n, j, None, D, BLOCK_D)
+            k = load_columns(k_ptr + kv * stride_k_h, stride_k_n, j, None, D, BLOCK_D, TAIL)
             keys = keys + (k,)
         for g in tl.range(0, GROUP, num_stages=STAGES):
             h = kv * GROUP + g
-            q = load_rows(q_ptr + h * stride_q_h, stride_q_n, i, None, D, BLOCK_D)
+            q = load_rows(q_ptr + h * stride_q_h, stride_q_n, i, None, D, BLOCK_D, TAIL)
             lse2 = tl.load(lse2_ptr + (h * N + i)) + log2_heads
             totals, tops = _add_head(totals, tops, q, keys, lse2, scale2, LOG, PARTS, PRECISION)
     if LOG:
@@ -109,7 +111,7 @@ def _add_head(
     """One head more in every part."""
     new_totals, new_tops = (), ()
     for part in tl.static_range(PARTS):
-        x = tl.dot(q, keys[part], input_precision=PRECISION) * scale2 - lse2[:, None]
+        x = multiply(q, keys[part], PRECISION) * scale2 - lse2[:, None]
         total, top = totals[part], tops[part]
         if LOG:
             new = tl.maximum(top, x)
@@ -154,6 +156,7 @@ def map_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr,
     ALIGN_Q: tl.constexpr,
     ALIGN_K: tl.constexpr,
     ALIGN_MAP: tl.constexpr,
@@ -195,6 +198,7 @@ def map_kernel(
         GROUP,
         D,
         BLOCK_D,
+        TAIL,
         BLOCK_Q,
         PART,
         PARTS,
@@ -248,6 +252,7 @@ def mse_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr,
     ALIGN_Q: tl.constexpr,
     ALIGN_K: tl.constexpr,
     ALIGN_MAP: tl.constexpr,
@@ -296,6 +301,7 @@ def mse_kernel(
         GROUP,
         D,
         BLOCK_D,
+        TAIL,
         BLOCK_Q,
         PART,
         PARTS,

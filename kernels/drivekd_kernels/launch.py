@@ -579,7 +579,7 @@ def _multiprocessors(tensor: Tensor) -> int:
 
 def one_pass(query: Tensor) -> bool:
     """Whether dq makes delta on the way."""
-    return _block_d(query) <= ONE_PASS_DIM
+    return padded_dims(query.shape[-1]) <= ONE_PASS_DIM
 
 
 def _meta(
@@ -592,15 +592,17 @@ def _meta(
     packs: bool = False,
 ) -> tuple[dict[str, Any], Tiles]:
     """What the kernels of one model must know when they are compiled, and the tile sizes."""
-    H, D, block_d = query.shape[1], query.shape[3], _block_d(query)
+    H, D = query.shape[1], query.shape[3]
+    block_d, tail = _dims(D)
     group = H // key.shape[1]
     dtype = str(query.dtype).removeprefix("torch.")
-    tile = tiles(kernel, architecture(query), dtype, block_d, log=log, region=region)
+    tile = tiles(kernel, architecture(query), dtype, block_d + tail, log=log, region=region)
     meta: dict[str, Any] = {
         "H": H,
         "GROUP": group,
         "D": D,
         "BLOCK_D": block_d,
+        "TAIL": tail,
         "ALIGN_Q": _align(query),
         "ALIGN_K": _align(key),
         "BLOCK_Q": tile.q,
@@ -662,8 +664,16 @@ def _power_of_2(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
-def _block_d(query: Tensor) -> int:
-    return max(16, _power_of_2(query.shape[-1]))
+def padded_dims(head_dim: int) -> int:
+    """Head dims of a tile, those behind the last one too."""
+    return sum(_dims(head_dim))
+
+
+def _dims(head_dim: int) -> tuple[int, int]:
+    """Head dims of a tile, and of a second one behind it, powers of two; 0: there is none."""
+    whole = max(16, _power_of_2(head_dim))
+    tail = max(16, _power_of_2(head_dim - whole // 2))
+    return (whole, 0) if head_dim <= 64 or tail > whole // 4 else (whole // 2, tail)
 
 
 def _align(tensor: Tensor) -> int:

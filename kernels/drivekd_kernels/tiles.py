@@ -32,33 +32,97 @@ def row_tokens(rows_ptr, b, slot, live, N):
 
 
 @triton.jit
-def load_rows(ptr, stride_n, i, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(rows, BLOCK_D) of one head; zeros where not live, which may be None: all are."""
-    d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + i[:, None] * stride_n + d[None, :]
-    if live is None and D == BLOCK_D:
-        return tl.load(ptrs)
-    elif live is None:
-        return tl.load(ptrs, mask=(d < D)[None, :], other=0.0)
-    elif D == BLOCK_D:
-        return tl.load(ptrs, mask=live[:, None], other=0.0)
+def load_rows(ptr, stride_n, i, live, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr):
+    """Rows of one head: (rows, BLOCK_D), and behind it (rows, TAIL) if TAIL > 0.
+
+    stride_n: of rows, or each row's own offset if i is None. live: rows of others are zeros; it may
+    be None: all are.
+    """
+    rows = stride_n if i is None else i * stride_n
+    head = _load_dims(ptr + rows[:, None], 0, live, D, BLOCK_D)
+    if TAIL:
+        return (head, _load_dims(ptr + rows[:, None], BLOCK_D, live, D, TAIL))
     else:
-        return tl.load(ptrs, mask=live[:, None] & (d < D)[None, :], other=0.0)
+        return (head,)
 
 
 @triton.jit
-def load_columns(ptr, stride_n, j, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(BLOCK_D, columns) of one head; zeros where not live, which may be None: all are."""
-    d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + j[None, :] * stride_n + d[:, None]
-    if live is None and D == BLOCK_D:
-        return tl.load(ptrs)
+def _load_dims(ptrs, begin: tl.constexpr, live, D: tl.constexpr, WIDTH: tl.constexpr):
+    """(rows, WIDTH) of some rows' dims from one on; zeros where not live and behind D."""
+    d = begin + tl.arange(0, WIDTH)
+    if live is None and begin + WIDTH <= D:
+        return tl.load(ptrs + d[None, :])
     elif live is None:
-        return tl.load(ptrs, mask=(d < D)[:, None], other=0.0)
-    elif D == BLOCK_D:
-        return tl.load(ptrs, mask=live[None, :], other=0.0)
+        return tl.load(ptrs + d[None, :], mask=(d < D)[None, :], other=0.0)
+    elif begin + WIDTH <= D:
+        return tl.load(ptrs + d[None, :], mask=live[:, None], other=0.0)
     else:
-        return tl.load(ptrs, mask=live[None, :] & (d < D)[:, None], other=0.0)
+        return tl.load(ptrs + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_columns(
+    ptr, stride_n, j, live, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr
+):
+    """As `load_rows`, turned around: (BLOCK_D, columns), and (TAIL, columns)."""
+    columns = j * stride_n
+    head = _load_turned(ptr + columns[None, :], 0, live, D, BLOCK_D)
+    if TAIL:
+        return (head, _load_turned(ptr + columns[None, :], BLOCK_D, live, D, TAIL))
+    else:
+        return (head,)
+
+
+@triton.jit
+def _load_turned(ptrs, begin: tl.constexpr, live, D: tl.constexpr, WIDTH: tl.constexpr):
+    """(WIDTH, columns), as `_load_dims`."""
+    d = begin + tl.arange(0, WIDTH)
+    if live is None and begin + WIDTH <= D:
+        return tl.load(ptrs + d[:, None])
+    elif live is None:
+        return tl.load(ptrs + d[:, None], mask=(d < D)[:, None], other=0.0)
+    elif begin + WIDTH <= D:
+        return tl.load(ptrs + d[:, None], mask=live[None, :], other=0.0)
+    else:
+        return tl.load(ptrs + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0)
+
+
+@triton.jit
+def multiply(a, b, PRECISION: tl.constexpr):
+    """(m, n) product of rows (m, dims) and columns (dims, n), each in one or two pieces of dims."""
+    x = tl.dot(a[0], b[0], input_precision=PRECISION)
+    if len(a) == 2:
+        x = tl.dot(a[1], b[1], x, input_precision=PRECISION)
+    return x
+
+
+@triton.jit
+def turned(rows):
+    """Columns of rows."""
+    if len(rows) == 2:
+        return (tl.trans(rows[0]), tl.trans(rows[1]))
+    else:
+        return (tl.trans(rows[0]),)
+
+
+@triton.jit
+def add_product(accs, a, rows, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds a @ rows to accs, (m, dims) in the pieces of rows; operands in DTYPE."""
+    a = a.to(DTYPE)
+    head = tl.dot(a, rows[0].to(DTYPE), accs[0], input_precision=PRECISION)
+    if len(rows) == 2:
+        return (head, tl.dot(a, rows[1].to(DTYPE), accs[1], input_precision=PRECISION))
+    else:
+        return (head,)
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr):
+    """Zeros in the pieces of `load_rows`, float32."""
+    if TAIL:
+        return (tl.zeros([ROWS, BLOCK_D], tl.float32), tl.zeros([ROWS, TAIL], tl.float32))
+    else:
+        return (tl.zeros([ROWS, BLOCK_D], tl.float32),)
 
 
 @triton.jit
@@ -170,3 +234,12 @@ def load_vector(ptrs, live, other: tl.constexpr):
         return tl.load(ptrs)
     else:
         return tl.load(ptrs, mask=live, other=other)
+
+
+@triton.jit
+def add_scaled(a, scale, b):
+    """Adds scale * b to a, both in the pieces of `load_rows`."""
+    if len(a) == 2:
+        return (a[0] + scale * b[0], a[1] + scale * b[1])
+    else:
+        return (a[0] + scale * b[0],)

@@ -42,60 +42,60 @@ class Tiles:
 
 ROW_TILES = Tiles(16, 128, 4, 1)
 
-# (architecture, dtype) -> pass -> entries for padded head dims of up to 64, 128 and 256. A pass may
-# have entries of its own where maps are logarithms (`_log`) and where the region is text rows x
+# (architecture, dtype) -> pass -> entries for padded head dims of up to 64, 96, 128 and 256. A pass
+# may have entries of its own where maps are logarithms (`_log`) and where the region is text rows x
 # vision keys (`_region`), which leaves fewer programs.
-DIMS = (64, 128, 256)
-_Table = dict[str, tuple[str, str, str]]
+DIMS = (64, 96, 128, 256)
+_Table = dict[str, tuple[str, str, str, str]]
 _BF16_90: _Table = {
-    "lse": ("128x128w8s2", "128x128w8s2", "128x64w4s2"),
-    "lse_region": ("64x128w4s2", "128x128w8s2", "128x64w4s2"),
-    "map": ("64x256w4s2p1x2", "64x256w4s2p1x2", "64x64w4s2"),
-    "map_log": ("64x64w4s2", "64x64w4s2", "64x64w4s2"),
-    "map_region": ("64x128w4s2p1x2", "64x128w4s2p1x2", "64x64w4s2"),
-    "mse": ("64x192w4s2p1x3", "64x256w4s2p1x2", "64x64w4s2"),
-    "mse_region": ("64x128w4s2p1x2", "64x128w4s2p1x2", "64x64w4s2"),
-    "delta": ("64x64w4s3p16", "128x64w4s2p16", "64x64w4s3p16"),
-    "dq": ("64x64w4s2p16", "64x64w4s2p16", "64x64w8s2p16"),
-    "dk": ("64x128w4s2p1x2", "64x128w4s2p1x2", "64x64w4s2"),
-    "dk_log": ("64x64w4s2", "64x64w4s2", "64x64w8s2"),
-    "dk_region": ("64x64w4s2", "64x64w4s2", "64x64w4s2"),
+    "lse": ("128x128w8s2", "128x64w4s2", "128x128w8s2", "128x64w4s2"),
+    "lse_region": ("64x128w4s2", "128x64w4s2", "128x128w8s2", "128x64w4s2"),
+    "map": ("64x256w4s2p1x2", "64x256w4s2p1x2", "64x256w4s2p1x2", "64x64w4s2"),
+    "map_log": ("64x64w4s2", "64x64w4s2", "64x64w4s2", "64x64w4s2"),
+    "map_region": ("64x128w4s2p1x2", "64x128w4s2p1x2", "64x128w4s2p1x2", "64x64w4s2"),
+    "mse": ("64x192w4s2p1x3", "64x256w4s2p1x2", "64x256w4s2p1x2", "64x64w4s2"),
+    "mse_region": ("64x128w4s2p1x2", "64x128w4s2p1x2", "64x128w4s2p1x2", "64x64w4s2"),
+    "delta": ("64x64w4s3p16", "128x64w4s2p16", "128x64w4s2p16", "64x64w4s3p16"),
+    "dq": ("64x64w4s2p16", "64x64w4s2p16", "64x64w4s2p16", "64x64w8s2p16"),
+    "dk": ("64x128w4s2p1x2", "64x128w4s2p1x2", "64x128w4s2p1x2", "64x64w4s2"),
+    "dk_log": ("64x64w4s2", "64x64w4s2", "64x64w4s2", "64x64w8s2"),
+    "dk_region": ("64x64w4s2", "64x64w4s2", "64x64w4s2", "64x64w4s2"),
 }
 _BF16_80: _Table = {
-    "lse": ("64x128w4s2", "64x64w4s2", "64x64w4s2"),
-    "map": ("64x128w4s2p1x2", "64x128w4s2p1x2", "64x64w4s2p1x2"),
-    "map_log": ("64x64w4s2p1x2", "64x64w4s2p1x2", "64x64w4s2p1x2"),
-    "mse": ("64x128w4s2p1x2", "64x128w4s2p1x2", "64x64w4s2"),
-    "delta": ("64x64w4s2p16", "64x64w4s2p16", "64x64w4s2p16"),
-    "dq": ("64x32w4s2p16", "32x64w4s2p16", "32x64w4s2p16"),
-    "dk": ("64x64w4s2", "64x64w4s2", "64x32w4s2"),
-    "dk_log": ("64x32w4s2", "32x64w4s2", "32x32w4s2"),
+    "lse": ("64x128w4s2", "64x64w4s2", "64x64w4s2", "64x64w4s2"),
+    "map": ("64x128w4s2p1x2", "64x128w4s2p1x2", "64x128w4s2p1x2", "64x64w4s2p1x2"),
+    "map_log": ("64x64w4s2p1x2", "64x64w4s2p1x2", "64x64w4s2p1x2", "64x64w4s2p1x2"),
+    "mse": ("64x128w4s2p1x2", "64x128w4s2p1x2", "64x128w4s2p1x2", "64x64w4s2"),
+    "delta": ("64x64w4s2p16", "64x64w4s2p16", "64x64w4s2p16", "64x64w4s2p16"),
+    "dq": ("64x32w4s2p16", "64x32w4s2p16", "32x64w4s2p16", "32x64w4s2p16"),
+    "dk": ("64x64w4s2", "64x64w4s2", "64x64w4s2", "64x32w4s2"),
+    "dk_log": ("64x32w4s2", "32x64w4s2", "32x64w4s2", "32x32w4s2"),
 }
 _FP16_80: _Table = {
     **_BF16_80,
-    "dq": ("64x32w4s2p16", "32x32w4s2p16", "32x32w4s2p16"),
-    "dk": ("32x64w4s2", "64x32w4s2", "32x32w4s2"),
+    "dq": ("64x32w4s2p16", "32x32w4s2p16", "32x32w4s2p16", "32x32w4s2p16"),
+    "dk": ("32x64w4s2", "64x32w4s2", "64x32w4s2", "32x32w4s2"),
 }
 _FP16_90: _Table = {
     **_BF16_90,
-    "dq": ("64x64w4s2p16", "64x32w4s2p16", "64x32w8s2p16"),
-    "dk": ("64x64w4s2", "64x64w4s2", "32x64w4s2"),
-    "dk_log": ("64x64w4s2", "32x64w4s2", "32x32w4s2"),
-    "dk_region": ("64x64w4s2", "64x64w4s2", "32x64w4s2"),
+    "dq": ("64x64w4s2p16", "64x32w4s2p16", "64x32w4s2p16", "64x32w8s2p16"),
+    "dk": ("64x64w4s2", "64x64w4s2", "64x64w4s2", "32x64w4s2"),
+    "dk_log": ("64x64w4s2", "32x64w4s2", "32x64w4s2", "32x32w4s2"),
+    "dk_region": ("64x64w4s2", "64x64w4s2", "64x64w4s2", "32x64w4s2"),
 }
 _FP32: _Table = {
-    "lse": ("16x32w4s2", "16x16w4s1", "16x32w4s1"),
-    "map": ("32x64w4s2", "32x32w4s2", "16x32w4s1"),
-    "mse": ("16x32w4s2", "32x32w4s2", "16x32w4s1"),
-    "delta": ("32x32w4s2", "16x32w4s1", "16x32w4s1"),
-    "dq": ("32x32w4s2", "16x16w4s1", "16x32w4s1"),
-    "dk": ("32x32w4s2", "16x32w4s1", "16x32w4s1"),
+    "lse": ("16x32w4s2", "16x16w4s1", "16x16w4s1", "16x32w4s1"),
+    "map": ("32x64w4s2", "32x32w4s2", "32x32w4s2", "16x32w4s1"),
+    "mse": ("16x32w4s2", "32x32w4s2", "32x32w4s2", "16x32w4s1"),
+    "delta": ("32x32w4s2", "16x32w4s1", "16x32w4s1", "16x32w4s1"),
+    "dq": ("32x32w4s2", "16x16w4s1", "16x16w4s1", "16x32w4s1"),
+    "dk": ("32x32w4s2", "16x32w4s1", "16x32w4s1", "16x32w4s1"),
 }
 _BF16_100: _Table = {
     **_BF16_90,
-    "map": ("64x128w4s2", "64x128w4s2", "64x64w4s2"),
-    "mse": ("64x128w4s2", "64x128w4s2", "64x64w4s2"),
-    "dk": ("64x64w4s2", "64x64w4s2", "64x64w4s2"),
+    "map": ("64x128w4s2", "64x128w4s2", "64x128w4s2", "64x64w4s2"),
+    "mse": ("64x128w4s2", "64x128w4s2", "64x128w4s2", "64x64w4s2"),
+    "dk": ("64x64w4s2", "64x64w4s2", "64x64w4s2", "64x64w4s2"),
 }
 TILES: dict[tuple[int, str], _Table] = {
     (80, "bfloat16"): _BF16_80,

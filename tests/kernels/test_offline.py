@@ -28,20 +28,24 @@ from benchmarks.offline.report import Pass
 from benchmarks.shapes import GPU_PAIRS, Pair
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-HEADS = {64: (14, 2), 128: (16, 2), 256: (8, 2)}
+HEADS = {64: (14, 2), 80: (16, 4), 96: (16, 4), 128: (16, 2), 256: (8, 2)}
+COMMON = (64, 128, 256)
 
 # (architecture, dtype, head dim, loss, region): every entry for full maps and mse; the region's
 # and the logarithms' variants of the kernels where most models are.
 CASES = [
-    *((90, dtype, D, "mse", "full") for dtype in DTYPES for D in HEADS),
-    *((80, "bf16", D, "mse", "full") for D in HEADS),
+    *((90, dtype, D, "mse", "full") for dtype in DTYPES for D in COMMON),
+    *((80, "bf16", D, "mse", "full") for D in COMMON),
+    (90, "bf16", 80, "mse", "full"),
     (90, "bf16", 64, "mse", "text_to_vision"),
     (100, "bf16", 64, "mse", "full"),
 ]
 SLOW = [
     *((100, dtype, 64, "mse", "full") for dtype in ("fp16", "fp32")),
-    *((80, dtype, D, "mse", "full") for dtype in ("fp16", "fp32") for D in HEADS),
+    *((80, dtype, D, "mse", "full") for dtype in ("fp16", "fp32") for D in COMMON),
     (90, "bf16", 128, "mse", "text_to_vision"),
+    *((90, dtype, 96, "mse", "full") for dtype in DTYPES),
+    *((arch, "bf16", 80, "mse", "full") for arch in (80, 100)),
     *((90, "bf16", D, "kl", "full") for D in (64, 128)),
 ]
 # Kernels whose code hardly depends on which 16-bit type it is, and the map that mse makes as well.
@@ -113,7 +117,7 @@ def test_tiles_of_gradients_lie_within_tiles_of_maps(key, column):
 
 
 # Of the instructions around the loops over tiles so many may park a value or fetch it.
-PARKED = 0.05
+PARKED = 0.07
 # What is not good yet: accesses of local memory in the loops over tiles, by case and pass.
 KNOWN_SPILLS = {
     "90-bf16-128-mse-full": {
@@ -122,7 +126,8 @@ KNOWN_SPILLS = {
     },
     "90-bf16-256-mse-full": {"dk": 20},  # 64 rows with 8 warps spill nothing, and do all twice
     "90-fp16-256-mse-full": {"dk": 100},
-    "90-bf16-128-kl-full": {"dk": 45},  # W, log P and P in registers; 32 rows take 1.2x as long
+    "80-bf16-80-mse-full": {"map": 15, "mse": 13},  # tiles without take 1.3x as long
+    "90-bf16-128-kl-full": {"dk": 55},  # W, log P and P in registers; 32 rows take 1.2x as long
     "100-fp32-64-mse-full": {"dq": 4},
 }
 # Eight warps on 64 rows: two make the same scores. Of dk, masks of logarithms.
