@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with code 2 for a command line that is not legal, 0 after `--help`.
     """
-    settings = build_parser().parse_args(arguments)
+    settings = _parse(build_parser(), arguments)
     try:
         code: int = settings.run(settings)
         sys.stdout.flush()
@@ -108,6 +108,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"drivekd {settings.command}: error: {_one_line(error)}", file=sys.stderr)
         return FAILED
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; argparse itself refuses KEY=VALUE behind an option."""
+    settings, rest = parser.parse_known_args(arguments)
+    if hasattr(settings, "overrides") and all("=" in r and r[0] != "-" for r in rest):
+        settings.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return settings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -227,9 +237,29 @@ def _add_report(commands: Any) -> None:
         _run_report,
         help="draw the log of a training run",
         description="Draw losses, gradients, conflicts and speed of a training run from its "
-        "log.jsonl, into one\nself-contained RUN/report.html. Works while the run goes on.",
+        "log.jsonl, and where\nteachers and student look on its own records, into one "
+        "self-contained RUN/report.html. Works\nwhile the run goes on: overlays are of the newest "
+        "checkpoint, and models run on the CPU unless\n--device says otherwise. Whatever is "
+        "missing for them is said in the page.",
     )
     command.add_argument("folder", type=Path, metavar="RUN", help="training.output_dir of a run")
+    command.add_argument(
+        "--overlays",
+        type=_natural,
+        default=2,
+        metavar="N",
+        help="records a signal with attention overlays, which load student and teachers; 0 loads "
+        "nothing; default: %(default)s",
+    )
+    command.add_argument(
+        "--device", default="cpu", help="where models run for overlays; default: %(default)s"
+    )
+    command.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="default: RUN/recipe.yaml, which a run writes"
+    )
+    command.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="changes to it, such as moved teachers"
+    )
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -328,9 +358,20 @@ def _run_verify(settings: argparse.Namespace) -> int:
 
 
 def _run_report(settings: argparse.Namespace) -> int:
-    from drivekd.study.training import write_training_report
+    from drivekd.study.run_overlays import overlays_of_run
+    from drivekd.study.training import read_log, write_training_report
 
-    print(f"report: {write_training_report(settings.folder)}")
+    read_log(settings.folder)  # before models are loaded
+    overlays = None
+    if settings.overlays:
+        overlays = overlays_of_run(
+            settings.folder,
+            recipe_file=settings.recipe,
+            overrides=settings.overrides,
+            count=settings.overlays,
+            device=settings.device,
+        )
+    print(f"report: {write_training_report(settings.folder, overlays=overlays)}")
     return OK
 
 
@@ -458,6 +499,11 @@ class _Version(argparse.Action):
 def _layers(text: str) -> int | str:
     """A layer's number, or the name of layers, for argparse."""
     return int(text) if text.lstrip("-").isdigit() else text
+
+
+def _natural(text: str) -> int:
+    """An int of at least 0, for argparse."""
+    return int(text) and _positive(text)
 
 
 def _positive(text: str) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from transformers.integrations import is_tensorboard_available
 
 from drivekd.data import Collator, Record, check_records, load_records
 from drivekd.data.check import UNUSABLE_KINDS
+from drivekd.data.encode import Encoder
 from drivekd.errors import DataError, RecipeError, TokenMismatchError
-from drivekd.train import checkpoints
+from drivekd.train import checkpoints, run_folder
 from drivekd.train.callbacks import JsonlLogger
 from drivekd.train.encoders import build_encoder
 from drivekd.train.models import load_model
@@ -51,7 +54,7 @@ def distill(recipe: Recipe) -> Path:
         ValueError: A question type does not fit.
         OSError: A checkpoint or file does not exist.
     """
-    root = Path(recipe.data.train).parent if recipe.data.root is None else Path(recipe.data.root)
+    root = data_root(recipe)
     splits = _load_splits(recipe, root)
     records = splits[recipe.data.train]
     encoder, processing = build_encoder(recipe.encoder, recipe.student, root)
@@ -61,8 +64,25 @@ def distill(recipe: Recipe) -> Path:
     for name, path in teachers.items():
         check_tokenizer(name, path, tokenizer)
     settings = {"report_to": _report_to(), **recipe.training, "remove_unused_columns": False}
-    resume = settings.pop("resume_from_checkpoint", None)
+    settings.pop("resume_from_checkpoint", None)
     args = transformers.TrainingArguments(**settings)
+    with run_folder.alone_in(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
+        checkpoint = run_folder.prepare(recipe, args, records)
+        return _train(recipe, args, teachers, splits, encoder, processing, checkpoint)
+
+
+def _train(
+    recipe: Recipe,
+    args: transformers.TrainingArguments,
+    teachers: Mapping[str, str],
+    splits: Mapping[str, list[Record]],
+    encoder: Encoder,
+    processing: Any,
+    checkpoint: str | None,
+) -> Path:
+    """Train and save; see `distill`."""
+    tokenizer = getattr(processing, "tokenizer", processing)
+    records = splits[recipe.data.train]
     # Before the student is made, so that nothing random depends on what was loaded before it.
     transformers.set_seed(args.seed)
     student = load_student(recipe)
@@ -85,7 +105,7 @@ def distill(recipe: Recipe) -> Path:
         processing_class=processing,
         callbacks=[JsonlLogger()],
     )
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=checkpoint)
     folder = Path(args.output_dir) / "student"
     staged = Path(args.output_dir) / checkpoints.STAGING / folder.name
     trainer.save_model(str(staged))
@@ -95,6 +115,11 @@ def distill(recipe: Recipe) -> Path:
         checkpoints.publish(staged, folder)
     trainer.accelerator.end_training()  # closes the process group under torchrun
     return folder
+
+
+def data_root(recipe: Recipe) -> Path:
+    """Folder that the image paths of a recipe's records start from."""
+    return Path(recipe.data.train).parent if recipe.data.root is None else Path(recipe.data.root)
 
 
 def load_student(recipe: Recipe) -> Any:
