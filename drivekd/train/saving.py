@@ -101,26 +101,13 @@ class SurvivingTrainer(transformers.Trainer):  # type: ignore[misc]
         """Nothing: `_save_checkpoint` pushes what is in its place."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load weights through `from_pretrained`, which knows the names they are saved under.
-
-        Trainer's own loading takes the file's names as the module's; those of vision-language
-        models differ, and it then goes on with the start weights and a log line.
-        """
+        """Check a checkpoint and load its weights, see `load_weights`."""
         checkpoints.check(Path(resume_from_checkpoint))
         model = self.model if model is None else model
-        if not isinstance(model, transformers.PreTrainedModel) or _has_adapters(model):
+        if not can_load_weights(model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        saved, report = type(model).from_pretrained(
-            resume_from_checkpoint, dtype=model.dtype, output_loading_info=True
-        )
-        if report["missing_keys"] or report["unexpected_keys"]:
-            missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-            raise ValueError(
-                f"{resume_from_checkpoint} does not fit the student: it lacks {missing[:3]} and "
-                f"has {unexpected[:3]} beside"
-            )
-        model.load_state_dict(saved.state_dict())
+        load_weights(model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -138,5 +125,26 @@ def _what_to_do(error: BaseException, run: Path, final: Path) -> str:
     )
 
 
-def _has_adapters(model: nn.Module) -> bool:
-    return getattr(model, "peft_config", None) is not None
+def can_load_weights(model: nn.Module) -> bool:
+    """Whether `load_weights` takes a model: transformers' own, without adapters."""
+    has_adapters = getattr(model, "peft_config", None) is not None
+    return isinstance(model, transformers.PreTrainedModel) and not has_adapters
+
+
+def load_weights(model: Any, folder: str) -> None:
+    """Load weights through `from_pretrained`, which knows the names they are saved under.
+
+    Trainer's own loading takes the file's names as the module's; those of vision-language models
+    differ, and it then goes on with the start weights and a log line.
+
+    Raises:
+        ValueError: The weights do not fit the model.
+    """
+    saved, report = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    if report["missing_keys"] or report["unexpected_keys"]:
+        missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+        raise ValueError(
+            f"{folder} does not fit the student: it lacks {missing[:3]} and has {unexpected[:3]} "
+            "beside"
+        )
+    model.load_state_dict(saved.state_dict())
