@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from drivekd.errors import RecipeError
 from drivekd.train.config import DistillConfig, nearest
 from drivekd.train.recipe_tree import apply_override, kind_of, read_tree
+from drivekd.train.training_values import check_training_value
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -89,7 +90,7 @@ class Recipe:
     attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
-        if "output_dir" not in self.training:
+        if not self.training.get("output_dir"):
             raise ValueError("training needs output_dir, where checkpoints and the log go")
         for signal in self.distill.signals:
             if signal.teacher not in self.teachers:
@@ -231,15 +232,18 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
 
 
 def _check_training(training: Mapping[str, Any]) -> None:
-    """Check keys and types against the fields of transformers.TrainingArguments."""
+    """Check keys, types and values against the fields of transformers.TrainingArguments."""
     from transformers import TrainingArguments
 
     fields = {each.name for each in dataclasses.fields(TrainingArguments) if each.init}
     hints = typing.get_type_hints(TrainingArguments)
     for key, value in training.items():
         if key not in fields:
-            raise RecipeError(f"unknown key training.{key}; {nearest(key, fields)}")
+            close = nearest(key, fields)
+            hint = close if close.startswith("did") else "see transformers.TrainingArguments"
+            raise RecipeError(f"unknown key training.{key}; {hint}")
         _convert(value, hints[key], f"training.{key}")
+        check_training_value(key, value, hints[key])
 
 
 def _label(entry: Any, index: int) -> str:

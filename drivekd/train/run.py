@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +54,20 @@ def distill(recipe: Recipe) -> Path:
         ValueError: A question type does not fit.
         OSError: A checkpoint or file does not exist.
     """
-    root = data_root(recipe)
-    splits = _load_splits(recipe, root)
-    records = splits[recipe.data.train]
-    encoder, processing = build_encoder(recipe.encoder, recipe.student, root)
-    tokenizer = getattr(processing, "tokenizer", processing)
+    args = _training_arguments(recipe)
     used = {signal.teacher for signal in recipe.distill.active}
     teachers = {name: path for name, path in recipe.teachers.items() if name in used}
+    for role, path in {"student": recipe.student, **_named(teachers)}.items():
+        check_place(role, path)
+    root = data_root(recipe)
+    splits = _load_splits(recipe, root)
+    with _as_recipe_errors("encoder"):
+        encoder, processing = build_encoder(recipe.encoder, recipe.student, root)
+    tokenizer = getattr(processing, "tokenizer", processing)
     for name, path in teachers.items():
         check_tokenizer(name, path, tokenizer)
-    settings = {"report_to": _report_to(), **recipe.training, "remove_unused_columns": False}
-    settings.pop("resume_from_checkpoint", None)
-    args = transformers.TrainingArguments(**settings)
     with run_folder.alone_in(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
-        checkpoint = run_folder.prepare(recipe, args, records)
+        checkpoint = run_folder.prepare(recipe, args, splits[recipe.data.train])
         return _train(recipe, args, teachers, splits, encoder, processing, checkpoint)
 
 
@@ -86,25 +86,26 @@ def _train(
     # Before the student is made, so that nothing random depends on what was loaded before it.
     transformers.set_seed(args.seed)
     student = load_student(recipe)
-    trainer = DistillTrainer(
-        student,
-        teachers,
-        recipe.distill,
-        question_types={record.question_type for record in records},
-        teacher_dtype=recipe.teacher_dtype,
-        teacher_device=recipe.teacher_device,
-        args=args,
-        data_collator=Collator(
-            encoder,
-            student.config,
-            pad_token_id=tokenizer.pad_token_id,
-            padding_side=recipe.encoder.padding_side,
-        ),
-        train_dataset=records,
-        eval_dataset=None if recipe.data.eval is None else splits[recipe.data.eval],
-        processing_class=processing,
-        callbacks=[JsonlLogger()],
-    )
+    with _as_recipe_errors("recipe"):
+        trainer = DistillTrainer(
+            student,
+            teachers,
+            recipe.distill,
+            question_types={record.question_type for record in records},
+            teacher_dtype=recipe.teacher_dtype,
+            teacher_device=recipe.teacher_device,
+            args=args,
+            data_collator=Collator(
+                encoder,
+                student.config,
+                pad_token_id=tokenizer.pad_token_id,
+                padding_side=recipe.encoder.padding_side,
+            ),
+            train_dataset=records,
+            eval_dataset=None if recipe.data.eval is None else splits[recipe.data.eval],
+            processing_class=processing,
+            callbacks=[JsonlLogger()],
+        )
     trainer.train(resume_from_checkpoint=checkpoint)
     folder = Path(args.output_dir) / "student"
     staged = Path(args.output_dir) / checkpoints.STAGING / folder.name
@@ -115,6 +116,43 @@ def _train(
         checkpoints.publish(staged, folder)
     trainer.accelerator.end_training()  # closes the process group under torchrun
     return folder
+
+
+def _training_arguments(recipe: Recipe) -> transformers.TrainingArguments:
+    settings = {"report_to": _report_to(), **recipe.training, "remove_unused_columns": False}
+    settings.pop("resume_from_checkpoint", None)
+    with _as_recipe_errors("training"):
+        return transformers.TrainingArguments(**settings)
+
+
+@contextmanager
+def _as_recipe_errors(what: str) -> Iterator[None]:
+    """What transformers and trainer say of settings that do not fit, as errors of the recipe."""
+    try:
+        yield
+    except (RecipeError, DataError, TokenMismatchError):
+        raise
+    except (ValueError, NotImplementedError) as error:
+        raise RecipeError(f"{what}: {error}") from error
+
+
+def _named(teachers: Mapping[str, str]) -> dict[str, str]:
+    return {f"teacher {name!r}": path for name, path in teachers.items()}
+
+
+def check_place(role: str, path: str) -> None:
+    """Raise unless a path that can only be a folder is one; hub names are looked up later.
+
+    Args:
+        role: Whose checkpoint it is, for the message.
+        path: Folder or hub name.
+
+    Raises:
+        RecipeError: There is no such folder.
+    """
+    is_path = Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
+    if is_path and not Path(path).is_dir():
+        raise RecipeError(f"{role}: {path} is not a folder of a saved model")
 
 
 def data_root(recipe: Recipe) -> Path:

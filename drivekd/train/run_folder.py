@@ -17,7 +17,7 @@ import transformers
 import yaml
 
 from drivekd.data import Record
-from drivekd.errors import RecipeError
+from drivekd.errors import CheckpointError, RecipeError
 from drivekd.train import checkpoints
 from drivekd.train.recipe import Recipe, load_recipe
 
@@ -129,7 +129,7 @@ def prepare(
         The checkpoint; None for a fresh run.
 
     Raises:
-        CheckpointError: The newest checkpoint is damaged.
+        CheckpointError: The newest checkpoint is damaged, or the one asked for does not exist.
         RecipeError: A fresh run would mix with an older one's checkpoints, or recipe or data
             changed in a way that the checkpoint does not survive.
         ValueError: There is no checkpoint to resume from.
@@ -141,6 +141,8 @@ def prepare(
     _wait(args)
     resume = recipe.training.get("resume_from_checkpoint")
     found = checkpoints.find(resume, run)
+    if found is not None and not Path(found).is_dir():
+        raise CheckpointError(f"training.resume_from_checkpoint is {found}, which is no folder")
     facts = data_facts(
         records, args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     )

@@ -8,7 +8,7 @@ import pytest
 
 from drivekd.cli import main
 from drivekd.data import save_records
-from drivekd.errors import RecipeError
+from drivekd.errors import CheckpointError, RecipeError
 from drivekd.train import distill, load_recipe, run_folder
 from tests.helpers import toy_data
 from tests.helpers.runs import recipe_of, save_checkpoints, write_recipe
@@ -136,3 +136,25 @@ def test_refusals_are_one_line_for_the_command_line(recipe, tmp_path, capsys):
     capsys.readouterr()
     assert main(["distill", str(tmp_path / "recipe.yaml")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("distill.mixing={sot: {sort: 1}}", "recipe: mixing names the question type 'sot'"),
+        ("training.eval_strategy=steps", "recipe: .*eval_dataset"),
+        ("training.load_best_model_at_end=true", "training: .*requires the save and eval strat"),
+        ("encoder.image_std=[0, 1, 1]", "encoder: image_mean is .*above 0"),
+        ("student=/nowhere/else", "student: /nowhere/else is not a folder of a saved model"),
+        ("teachers.deep=./gone", r"teacher 'deep': \./gone is not a folder of a saved model"),
+    ],
+)
+def test_setting_that_does_not_fit_is_an_error_of_the_recipe(recipe, change, message):
+    with pytest.raises(RecipeError, match=message):
+        distill(recipe(change))
+
+
+def test_checkpoint_that_does_not_exist_is_named(recipe, tmp_path):
+    gone = tmp_path / "gone"
+    with pytest.raises(CheckpointError, match=f"{gone}, which is no folder"):
+        distill(recipe(f"training.resume_from_checkpoint={gone}"))
