@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from transformers.integrations import is_tensorboard_available
 
 from drivekd.data import Collator, Record, check_records, load_records
 from drivekd.data.check import UNUSABLE_KINDS
 from drivekd.data.encode import Encoder
-from drivekd.errors import DataError, RecipeError, TokenMismatchError
+from drivekd.errors import CheckpointError, DataError, RecipeError, TokenMismatchError
 from drivekd.train import checkpoints, run_folder
 from drivekd.train.callbacks import JsonlLogger
 from drivekd.train.encoders import build_encoder
 from drivekd.train.models import load_model
 from drivekd.train.recipe import Recipe
+from drivekd.train.saving import what_to_do
 from drivekd.train.trainer import DistillTrainer
 
 _LOG = logging.getLogger(__name__)
@@ -107,14 +109,24 @@ def _train(
             callbacks=[JsonlLogger()],
         )
     trainer.train(resume_from_checkpoint=checkpoint)
-    folder = Path(args.output_dir) / "student"
-    staged = Path(args.output_dir) / checkpoints.STAGING / folder.name
-    trainer.save_model(str(staged))
-    trainer.accelerator.wait_for_everyone()
-    if trainer.args.should_save:
-        _copy_image_settings(Path(recipe.student), staged)
-        checkpoints.publish(staged, folder)
+    folder = _save_student(trainer, Path(recipe.student))
     trainer.accelerator.end_training()  # closes the process group under torchrun
+    return folder
+
+
+def _save_student(trainer: DistillTrainer, start: Path) -> Path:
+    """Write the student aside and move it to its place once it is complete."""
+    run = Path(trainer.args.output_dir)
+    folder, staged = run / "student", run / checkpoints.STAGING / "student"
+    try:
+        trainer.save_model(str(staged))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            _copy_image_settings(start, staged)
+            checkpoints.publish(staged, folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise CheckpointError(what_to_do(error, run, folder)) from error
     return folder
 
 

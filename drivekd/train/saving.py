@@ -83,7 +83,7 @@ class SurvivingTrainer(transformers.Trainer):  # type: ignore[misc]
                 checkpoints.publish(staged, final)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(staged, ignore_errors=True)
-            raise CheckpointError(_what_to_do(error, run, final)) from error
+            raise CheckpointError(what_to_do(error, run, final)) from error
         finally:
             self._staging = None
         if self.args.should_save:
@@ -113,8 +113,8 @@ class SurvivingTrainer(transformers.Trainer):  # type: ignore[misc]
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def _what_to_do(error: BaseException, run: Path, final: Path) -> str:
-    """The message for a checkpoint that could not be written."""
+def what_to_do(error: BaseException, run: Path, final: Path) -> str:
+    """The message for a checkpoint or student that could not be written."""
     last = checkpoints.newest_complete(run)
     free = shutil.disk_usage(run).free / 2**30 if run.is_dir() else 0.0
     kept = "no earlier checkpoint is there" if last is None else f"the last complete one is {last}"

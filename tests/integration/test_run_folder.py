@@ -1,10 +1,13 @@
 """What a run's folder remembers: one run at a time, and the same run after resuming."""
 
+import errno
 import json
 import logging
+from pathlib import Path
 
 import filelock
 import pytest
+import transformers
 
 from drivekd.cli import main
 from drivekd.data import save_records
@@ -158,3 +161,24 @@ def test_checkpoint_that_does_not_exist_is_named(recipe, tmp_path):
     gone = tmp_path / "gone"
     with pytest.raises(CheckpointError, match=f"{gone}, which is no folder"):
         distill(recipe(f"training.resume_from_checkpoint={gone}"))
+
+
+def test_full_disk_at_the_very_end_keeps_the_checkpoint_and_is_made_good(
+    recipe, tmp_path, monkeypatch
+):
+    def full(self, folder, _internal_call=False):
+        if Path(folder).name == "student":
+            (Path(folder) / "half").parent.mkdir(parents=True)
+            (Path(folder) / "half").write_text("")
+            raise OSError(errno.ENOSPC, "No space left on device", folder)
+        real(self, folder, _internal_call)
+
+    real = transformers.Trainer.save_model
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.Trainer, "save_model", full)
+        with pytest.raises(CheckpointError, match=r"student could not be written .*No space.*auto"):
+            distill(recipe())
+    run = tmp_path / "run"
+    assert (run / "checkpoint-1").is_dir() and not (run / "student").exists()
+    assert not list((run / "incomplete").iterdir())
+    assert (distill(recipe(AUTO)) / "model.safetensors").is_file()
