@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 from collections import Counter
@@ -207,6 +208,7 @@ class Checker:
             report = self._images[full]
             keys.append(report.digest or full.encode(errors="surrogatepass"))
             yield from self._check_image(path, report, keys[-1], split.name)
+        yield from self._check_frame_token(record, split.name)
         yield from self._check_question(record, keys, split.name, entry.index)
 
     def _check_image(
@@ -219,6 +221,15 @@ class Checker:
             yield kind, f"image {name} {text}"
         if self._frames.setdefault(key, split) != split:
             yield "frame_in_two_splits", f"image {name} is also in split {self._frames[key]!r}"
+
+    def _check_frame_token(self, record: Record, split: str) -> Iterator[Finding]:
+        """Driving records of one moment, seen by other cameras."""
+        token = record.meta.get("frame_token")
+        if not isinstance(token, str) or not token:
+            return
+        key = b"frame token " + token.encode(errors="surrogatepass")
+        if self._frames.setdefault(key, split) != split:
+            yield "frame_in_two_splits", f"frame {token!r} is also in split {self._frames[key]!r}"
 
     def _check_length(self, record: Record) -> Iterator[Finding]:
         if self._count_tokens is None or self._max_length is None:
@@ -256,7 +267,7 @@ class Checker:
         elif name not in self._types:
             yield (
                 "question_type",
-                f"question type {name!r} is unknown; known are {', '.join(sorted(self._types))}",
+                f"question type {name!r} is unknown; {_known(name, sorted(self._types))}",
             )
 
     def _check_types(self) -> Iterator[Problem]:
@@ -270,8 +281,8 @@ class Checker:
                 text = f"question type {name!r}{more} is {like!r} in other letters"
             elif is_public and name not in PUBLIC_TYPES:
                 text = (
-                    f"question type {name!r}{more} is unknown; known are "
-                    f"{', '.join(PUBLIC_TYPES)}, or name your own (--types)"
+                    f"question type {name!r}{more} is unknown; {_known(name, PUBLIC_TYPES)}, or "
+                    "name your own (--types)"
                 )
             else:
                 continue
@@ -312,6 +323,12 @@ def check_records(
 def _entries(records: Sequence[Record]) -> Iterator[Entry]:
     for index, record in enumerate(records):
         yield Entry(index, record, id=record.id)
+
+
+def _known(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    listed = f"known are {', '.join(known)}"
+    return f"did you mean {close[0]!r}? {listed}" if close else listed
 
 
 def _digest(content: bytes) -> bytes:

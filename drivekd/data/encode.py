@@ -255,7 +255,7 @@ class ProcessorEncoder:
         turns = turns_of(record, drop_answer=False)
         pieces = split_answers(record, turns, self._template(turns))
         images = [load_image(record, path, self.root) for path in record.images]
-        encoded = self._process("".join(piece.text for piece in pieces), images)
+        encoded = self._process_of(record, "".join(piece.text for piece in pieces), images)
         ids = encoded["input_ids"]
         labels = torch.full_like(ids, IGNORE_INDEX)
         text, start = "", 0
@@ -287,7 +287,7 @@ class ProcessorEncoder:
         turns = turns_of(record, drop_answer=True)
         images = [load_image(record, path, self.root) for path in record.images]
         pieces = split_answers(record, turns, self._template(turns))
-        return self._process("".join(piece.text for piece in pieces), images)
+        return self._process_of(record, "".join(piece.text for piece in pieces), images)
 
     def _template(self, turns: Sequence[Turn]) -> Template:
         conversation = [{"role": role, "content": _content(content)} for role, content in turns]
@@ -299,6 +299,19 @@ class ProcessorEncoder:
             return str(text)
 
         return render
+
+    def _process_of(
+        self, record: Record, text: str, images: list[Image.Image]
+    ) -> dict[str, Tensor]:
+        """Call the processor; what it refuses, such as a picture's shape, is the record's fault."""
+        try:
+            return self._process(text, images)
+        except ValueError as error:
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+            raise DataError(
+                f"{describe_record(record)}: the processor refuses it ({error}); its images are "
+                f"{sizes or 'none'}"
+            ) from error
 
     def _process(self, text: str, images: list[Image.Image]) -> dict[str, Tensor]:
         """Call the processor on one text and take its batch dimension off the token inputs."""

@@ -18,6 +18,10 @@ from PIL import Image
 Finding = tuple[str, str]  # (kind, what is wrong)
 
 _MAX_BYTES = 256 * 2**20
+_LEAST_SIDE = 4  # pixels
+_MOST_STRETCH = 200
+_OPAQUE = 255
+_LFS_POINTER = b"version https://git-lfs"
 _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 # Pillow reports damaged files by any of these, depending on where the damage is.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError)
@@ -29,7 +33,8 @@ class ImageReport:
 
     Args:
         findings: What is wrong with it.
-        digest: SHA-256 of its bytes; empty if they could not be read.
+        digest: SHA-256 of its pixels, so that a copy in another lossless format is the same
+            picture; of its bytes if it cannot be decoded, empty if they could not be read.
     """
 
     findings: tuple[Finding, ...] = ()
@@ -79,6 +84,9 @@ def inspect_image(path: Path) -> ImageReport:
         reason = getattr(error, "strerror", None) or error
         return ImageReport((("image_unreadable", f"cannot be read: {reason}"),))
     digest = hashlib.sha256(content).digest()
+    if content.startswith(_LFS_POINTER):
+        text = "is a Git LFS pointer; fetch the file itself (git lfs pull)"
+        return ImageReport((("image_unreadable", text),), digest)
     if not content:
         return ImageReport((("image_unreadable", "is empty (0 bytes)"),), digest)
     try:
@@ -86,21 +94,28 @@ def inspect_image(path: Path) -> ImageReport:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content)) as image:
-                return ImageReport(tuple(_inspect(image)), digest)
+                return _inspect(image, digest)
     except Image.DecompressionBombWarning as error:
         return ImageReport((("image_size", f"is very large: {error}"),), digest)
     except _DAMAGE as error:
         return ImageReport((("image_unreadable", f"cannot be decoded: {error}"),), digest)
 
 
-def _inspect(image: Image.Image) -> list[Finding]:
+def _inspect(image: Image.Image, digest: bytes) -> ImageReport:
     if is_deep(image.mode):
         text = f"has mode {image.mode!r}; 8 bits a channel are needed, convert it first"
-        return [("image_unreadable", text)]
+        return ImageReport((("image_unreadable", text),), digest)
     findings = []
     pixels = np.asarray(image.convert("RGB"))
     if (pixels == pixels[0, 0]).all():
         findings.append(("image_constant", "has one colour everywhere"))
+    short, long = sorted(image.size)
+    if short < _LEAST_SIDE or long > _MOST_STRETCH * short:
+        text = (
+            f"is {image.width} x {image.height} pixels; models want {_LEAST_SIDE} or more a side, "
+            f"Qwen-VL's processor refuses more than {_MOST_STRETCH} times as long as wide"
+        )
+        findings.append(("image_size", text))
     if image.getexif().get(_ORIENTATION, 1) != 1:
         text = "is turned by its EXIF orientation, which training does not apply; turn the pixels"
         findings.append(("image_orientation", text))
@@ -110,7 +125,11 @@ def _inspect(image: Image.Image) -> list[Finding]:
     if image.mode in ("CMYK", "YCbCr", "LAB", "HSV") and image.format != "JPEG2000":
         text = f"has mode {image.mode!r}; its colours are only approximate as RGB"
         findings.append(("image_colours", text))
-    return findings
+    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < _OPAQUE:
+        text = "has transparent pixels; training drops that and sees the colours beneath"
+        findings.append(("image_colours", text))
+    shape = f"{image.width} {image.height} ".encode()
+    return ImageReport(tuple(findings), hashlib.sha256(shape + pixels.tobytes()).digest())
 
 
 def _hint(path: Path) -> str:
@@ -120,7 +139,7 @@ def _hint(path: Path) -> str:
     if path.name in (there := _names(path.parent)):
         return ""  # it came while we looked
     if name := there.get(_plain(path.name)):
-        return f"; there is {name!r}, whose letters are of another case or Unicode form"
+        return f"; there is {name!r}, which differs in case, spaces or Unicode form"
     return "; the path has backslashes" if "\\" in str(path) else ""
 
 
@@ -133,4 +152,4 @@ def _names(folder: Path) -> dict[str, str]:
 
 
 def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
+    return unicodedata.normalize("NFC", name).casefold().strip()
