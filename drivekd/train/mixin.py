@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +17,16 @@ from drivekd.train.config import ANCHOR, DistillConfig
 from drivekd.train.guards import TaskLoss, check_finite
 from drivekd.train.metrics import StepMetrics
 from drivekd.train.models import prepare_teachers
-from drivekd.train.saving import can_load_weights, load_weights
+from drivekd.train.saving import EndsExactly, can_load_weights, load_weights
 from drivekd.train.scaling import micro_batch_factor
 from drivekd.train.signals import SignalPlan, StudentCapture
 from drivekd.train.trainer import build_reweighting
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
 
 STATE_FILE = "drivekd_mixin.pt"
 _ALL = "all"
 
 
-class DistillMixin(_Trainer):  # type: ignore[misc]
+class DistillMixin(EndsExactly):
     """Put it before a Trainer class: each step then joins the gradients of several losses.
 
     Everything else is the class's own: its `compute_loss` gives the cross-entropy, its collator

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from safetensors import SafetensorError
@@ -15,10 +15,31 @@ from transformers.trainer_utils import SaveStrategy
 from drivekd.errors import CheckpointError
 from drivekd.train import checkpoints
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
 _LOG = logging.getLogger(__name__)
 
 
-class SurvivingTrainer(transformers.Trainer):  # type: ignore[misc]
+class EndsExactly(_Trainer):  # type: ignore[misc]
+    """Before a Trainer: a checkpoint that has all of a run's steps is not trained any further."""
+
+    def _run_epoch(self, **settings: Any) -> None:
+        """An epoch; none where a checkpoint has all steps: Trainer would do one more."""
+        if self.state.global_step >= self.state.max_steps:
+            _LOG.warning(
+                "the checkpoint has %d of %d steps, there is nothing left to train",
+                self.state.global_step,
+                self.state.max_steps,
+            )
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**settings)
+
+
+class SurvivingTrainer(EndsExactly, transformers.Trainer):
     """`transformers.Trainer` with `drivekd.train.checkpoints`.
 
     `train` takes "last" and "auto" for the checkpoint; a damaged one is refused. Every save logs a
@@ -46,18 +67,6 @@ class SurvivingTrainer(transformers.Trainer):  # type: ignore[misc]
     def resume_total_loss(self, total: float | None) -> None:
         """Go on with a checkpoint's sum of losses: Trainer starts at 0 and divides by all steps."""
         self._resumed_total_loss = total
-
-    def _run_epoch(self, **settings: Any) -> None:
-        """An epoch; none where a checkpoint has all steps: Trainer would do one more."""
-        if self.state.global_step >= self.state.max_steps:
-            _LOG.warning(
-                "the checkpoint has %d of %d steps, there is nothing left to train",
-                self.state.global_step,
-                self.state.max_steps,
-            )
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**settings)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log before each save, so that rows after resuming cover the same steps as without."""

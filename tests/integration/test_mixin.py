@@ -219,6 +219,10 @@ def test_resumed_run_is_the_same_to_the_bit(make, base):
     resumed = make(config, **saving)
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
     assert_same(weights_of(resumed.model), weights_of(whole.model))
+    ended = make(config, **saving)
+    ended.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-3")
+    assert ended.state.global_step == 3
+    assert_same(weights_of(ended.model), weights_of(whole.model))
     checkpoint = Path(whole.args.output_dir) / "checkpoint-2"
     (checkpoint / "drivekd_mixin.pt").unlink()
     with pytest.raises(ValueError, match="not saved by a Trainer with DistillMixin"):
