@@ -39,7 +39,7 @@ class EndsExactly(_Trainer):  # type: ignore[misc]
         super()._run_epoch(**settings)
 
 
-class SurvivingTrainer(EndsExactly, transformers.Trainer):
+class SurvivingTrainer(EndsExactly, transformers.Trainer):  # type: ignore[misc]
     """`transformers.Trainer` with `drivekd.train.checkpoints`.
 
     `train` takes "last" and "auto" for the checkpoint; a damaged one is refused. Every save logs a
