@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drivekd.cli_data import FOUND_PROBLEMS, OK, add_data_commands
+from drivekd.cli_report import add_report_command
 from drivekd.errors import (
     BackendUnavailableError,
     CaptureError,
@@ -134,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_distill(commands)
     _add_verify(commands)
-    _add_report(commands)
+    add_report_command(commands, _add_command)
     add_data_commands(commands, _add_command)
     _add_evaluate(commands)
     _add_doctor(commands)
@@ -227,38 +228,6 @@ def _add_verify(commands: Any) -> None:
     )
     command.add_argument(
         "--json", type=Path, metavar="FILE", help="default: verify.json in training.output_dir"
-    )
-
-
-def _add_report(commands: Any) -> None:
-    command = _add_command(
-        commands,
-        "report",
-        _run_report,
-        help="draw the log of a training run",
-        description="Draw losses, gradients, conflicts and speed of a training run from its "
-        "log.jsonl, and where\nteachers and student look on its own records, into one "
-        "self-contained RUN/report.html. Works\nwhile the run goes on: overlays are of the newest "
-        "checkpoint, and models run on the CPU unless\n--device says otherwise. Whatever is "
-        "missing for them is said in the page.",
-    )
-    command.add_argument("folder", type=Path, metavar="RUN", help="training.output_dir of a run")
-    command.add_argument(
-        "--overlays",
-        type=_natural,
-        default=2,
-        metavar="N",
-        help="records a signal with attention overlays, which load student and teachers; 0 loads "
-        "nothing; default: %(default)s",
-    )
-    command.add_argument(
-        "--device", default="cpu", help="where models run for overlays; default: %(default)s"
-    )
-    command.add_argument(
-        "--recipe", type=Path, metavar="FILE", help="default: RUN/recipe.yaml, which a run writes"
-    )
-    command.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="changes to it, such as moved teachers"
     )
 
 
@@ -355,24 +324,6 @@ def _run_verify(settings: argparse.Namespace) -> int:
     file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"\nall numbers: {file}")
     return FOUND_PROBLEMS if document["verdict"] == DIFFERS else OK
-
-
-def _run_report(settings: argparse.Namespace) -> int:
-    from drivekd.study.run_overlays import overlays_of_run
-    from drivekd.study.training import read_log, write_training_report
-
-    read_log(settings.folder)  # before models are loaded
-    overlays = None
-    if settings.overlays:
-        overlays = overlays_of_run(
-            settings.folder,
-            recipe_file=settings.recipe,
-            overrides=settings.overrides,
-            count=settings.overlays,
-            device=settings.device,
-        )
-    print(f"report: {write_training_report(settings.folder, overlays=overlays)}")
-    return OK
 
 
 def _run_evaluate(settings: argparse.Namespace) -> int:
@@ -499,11 +450,6 @@ class _Version(argparse.Action):
 def _layers(text: str) -> int | str:
     """A layer's number, or the name of layers, for argparse."""
     return int(text) if text.lstrip("-").isdigit() else text
-
-
-def _natural(text: str) -> int:
-    """An int of at least 0, for argparse."""
-    return int(text) and _positive(text)
 
 
 def _positive(text: str) -> int:

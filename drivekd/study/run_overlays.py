@@ -28,7 +28,7 @@ from drivekd.study.overlays import Overlay, plot_overlays
 from drivekd.study.plots import Drawn, Plot
 from drivekd.tokens import TokenLayout
 from drivekd.train import checkpoints
-from drivekd.train.config import SignalConfig
+from drivekd.train.config import LayerSpec, SignalConfig
 from drivekd.train.encoders import build_encoder
 from drivekd.train.models import load_model, prepare_teachers
 from drivekd.train.recipe import Recipe, load_recipe
@@ -252,14 +252,15 @@ def _draw(
             for view in example.views
         ]
     title = f"Attention of {signal.name}"
+    own, theirs = _layers(signal.student_layers), _layers(signal.teacher_layers)
     return Plot(
         name=f"overlay_{signal.name}",
         title=title,
         caption=f"Frame, teacher {signal.teacher!r}, student ({folder.name}), student minus "
-        f"teacher: attention to each patch, mean over heads, layers ({signal.student_layers} of "
-        f"the student, {signal.teacher_layers} of the teacher) and the text after the picture. "
+        f"teacher: attention to each patch, mean over heads, layers ({own} of the student, "
+        f"{theirs} of the teacher) and the text after the picture. "
         + (
-            "The signal compares just that."
+            "The signal compares these cells, text token by text token."
             if signal.region == "text_to_vision"
             else "The signal compares the whole map, of which this is a part."
         ),
@@ -338,8 +339,17 @@ def _title(example: _Example, view: View) -> str:
     which = [f"image {view.image + 1}"] if len(record.images) > 1 else []
     which += [view.name] if view.name else []
     text = ", ".join([name, *which]) + f": {words}"
-    # Dollars would be read as formulas.
-    return textwrap.shorten(text, _TITLE, placeholder=" ...").replace("$", r"\$")
+    return _drawn(textwrap.shorten(text, _TITLE, placeholder=" ..."))
+
+
+def _drawn(text: str) -> str:
+    """A text that matplotlib draws as it is: dollars would be read as formulas."""
+    return text.replace("$", r"\$")
+
+
+def _plain(drawn: str) -> str:
+    """What `_drawn` was made of."""
+    return drawn.replace(r"\$", "$")
 
 
 def _words(overlays: Sequence[Overlay]) -> str:
@@ -352,10 +362,14 @@ def _words(overlays: Sequence[Overlay]) -> str:
         ]
         rows, columns = overlay.teacher.shape
         parts.append(
-            f"{overlay.title} (of {rows} x {columns} patches most at {spots[0]} by the teacher, "
-            f"{spots[1]} by the student)"
+            f"{_plain(overlay.title)} (of {rows} x {columns} patches most at {spots[0]} by the "
+            f"teacher, {spots[1]} by the student)"
         )
     return "; ".join(parts) + "."
+
+
+def _layers(spec: LayerSpec | None) -> str:
+    return ", ".join(map(str, spec)) if isinstance(spec, tuple) else str(spec)
 
 
 def _line(error: BaseException) -> str:
