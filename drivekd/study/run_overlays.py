@@ -35,6 +35,7 @@ from drivekd.train.recipe import Recipe, load_recipe
 from drivekd.train.run import data_root
 from drivekd.train.run_folder import RECIPE
 from drivekd.train.signals import signal_loss
+from drivekd.train.tuning import merge_adapters
 
 _LOG = logging.getLogger(__name__)
 _WIDTH = 480  # pixels of a frame
@@ -115,7 +116,7 @@ def draw_run_overlays(
         folder = _student_folder(run)
         root = data_root(recipe)
         encoder, processing = build_encoder(recipe.encoder, _with_tokenizer(folder, recipe), root)
-        student = load_model(folder, dtype=recipe.dtype).to(device).eval()
+        student = _load_student(folder, recipe).to(device).eval()
         chosen, skipped = _examples(recipe, signals, encoder, processing, student, root, count)
     except FAULTS as error:
         return Drawn((), (*notes, f"Attention overlays could not be drawn: {_line(error)}."))
@@ -161,6 +162,16 @@ def _student_folder(run: Path) -> Path:
     if newest is None:
         raise FileNotFoundError(f"{run} has no student yet, and no whole checkpoint")
     return newest
+
+
+def _load_student(folder: Path, recipe: Recipe) -> Any:
+    """A student, or a checkpoint, which may hold adapters alone."""
+    if not (folder / "adapter_config.json").is_file():
+        return load_model(folder, dtype=recipe.dtype)
+    import peft
+
+    start = load_model(recipe.student, dtype=recipe.dtype)
+    return merge_adapters(peft.PeftModel.from_pretrained(start, folder))
 
 
 def _with_tokenizer(folder: Path, recipe: Recipe) -> str | Path:

@@ -14,6 +14,7 @@ from drivekd.errors import RecipeError
 from drivekd.train.config import DistillConfig, nearest
 from drivekd.train.recipe_tree import apply_override, kind_of, read_tree
 from drivekd.train.training_values import check_training_value
+from drivekd.train.tuning import LoraConfig
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -72,6 +73,10 @@ class Recipe:
         teachers: Checkpoints by name.
         encoder: How records become model inputs.
         distill: Signals and how they are mixed, weighted and joined; none is plain training.
+        freeze: Parts of the student that are not trained: "vision", "projector", "embeddings", or
+            pieces of parameter names (`drivekd.train.tuning.freeze`).
+        lora: Train low-rank adapters of the text decoder instead; None for none. They are merged
+            into the student that is saved.
         dtype: dtype of the student's weights.
         teacher_dtype: dtype of the teachers' weights; "auto" is as saved.
         teacher_device: Where teachers run, such as "cuda:1"; None is the student's device.
@@ -84,6 +89,8 @@ class Recipe:
     teachers: Mapping[str, str] = field(default_factory=dict)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    freeze: tuple[str, ...] = ()
+    lora: LoraConfig | None = None
     dtype: DtypeName = "float32"
     teacher_dtype: DtypeName = "auto"
     teacher_device: str | None = None

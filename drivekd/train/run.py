@@ -24,6 +24,7 @@ from drivekd.train.models import load_model
 from drivekd.train.recipe import Recipe
 from drivekd.train.saving import what_to_do
 from drivekd.train.trainer import DistillTrainer
+from drivekd.train.tuning import add_adapters, freeze, has_adapters, merge_adapters
 
 _LOG = logging.getLogger(__name__)
 _PROBLEMS_SHOWN = 10
@@ -88,6 +89,9 @@ def _train(
     # Before the student is made, so that nothing random depends on what was loaded before it.
     transformers.set_seed(args.seed)
     student = load_student(recipe)
+    freeze(student, recipe.freeze)
+    if recipe.lora is not None:
+        student = add_adapters(student, recipe.lora)
     with _as_recipe_errors("recipe"):
         trainer = DistillTrainer(
             student,
@@ -119,7 +123,10 @@ def _save_student(trainer: DistillTrainer, start: Path) -> Path:
     run = Path(trainer.args.output_dir)
     folder, staged = run / "student", run / checkpoints.STAGING / "student"
     try:
-        trainer.save_model(str(staged))
+        if has_adapters(trainer.model):
+            _save_merged(trainer, staged)
+        else:
+            trainer.save_model(str(staged))
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
             _copy_image_settings(start, staged)
@@ -128,6 +135,13 @@ def _save_student(trainer: DistillTrainer, start: Path) -> Path:
         shutil.rmtree(staged, ignore_errors=True)
         raise CheckpointError(what_to_do(error, run, folder)) from error
     return folder
+
+
+def _save_merged(trainer: DistillTrainer, folder: Path) -> None:
+    """The student with its adapters merged, which loads without PEFT; and its tokenizer."""
+    if trainer.args.should_save:
+        merge_adapters(trainer.accelerator.unwrap_model(trainer.model)).save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
 
 
 def _training_arguments(recipe: Recipe) -> transformers.TrainingArguments:

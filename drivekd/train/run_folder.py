@@ -36,6 +36,8 @@ _FIXED = (
     "distill.signals.*.student_layers",
     "distill.signals.*.teacher_layers",
     "encoder",
+    "freeze",
+    "lora",
     "training.seed",
     "training.data_seed",
     "training.full_determinism",
