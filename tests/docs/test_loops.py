@@ -11,7 +11,7 @@ from tests.helpers import toy_data, toy_models
 from tests.helpers.gradients import relative_error
 from tests.helpers.loops import Net, Plain, run_loop
 from tests.helpers.readme import loops
-from tests.helpers.trainers import make_collator
+from tests.helpers.trainers import SETTINGS, make_collator
 
 NAMES = ("plain", "accelerate", "trainer")
 
@@ -30,15 +30,10 @@ def test_trainer_with_signals_learns_from_its_teacher(tmp_path):
         "records": toy_data.records(tmp_path, ("any",) * 4),
         "collate": tensors_of(make_collator(tmp_path, student.config)),
         "arguments": transformers.TrainingArguments(
+            **SETTINGS,
             output_dir=str(tmp_path),
             max_steps=2,
             per_device_train_batch_size=2,
-            logging_steps=1,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
             remove_unused_columns=False,
         ),
     }

@@ -13,7 +13,7 @@ from drivekd.data import Collator
 from drivekd.errors import NonFiniteLossError
 from drivekd.train import DistillConfig, DistillMixin, ProjectionConfig, SignalConfig
 from tests.helpers import toy_data, toy_models
-from tests.helpers.trainers import assert_close, assert_same, weights_of
+from tests.helpers.trainers import SETTINGS, assert_close, assert_same, weights_of
 
 PERCEPTION = SignalConfig(
     name="perception",
@@ -51,20 +51,10 @@ def make(base, tmp_path):
 
     def make(config, *, cls=Distiller, student=None, teachers=None, **changes):
         settings = {
+            **SETTINGS,
             "output_dir": str(tmp_path / "run"),
             "per_device_train_batch_size": 4,
             "max_steps": 1,
-            "learning_rate": 0.05,
-            "lr_scheduler_type": "constant",
-            "optim": "sgd",
-            "max_grad_norm": 0.0,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "train_sampling_strategy": "sequential",
-            "dataloader_pin_memory": False,
             "remove_unused_columns": False,
         }
         return cls(
