@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from drivekd.data.pictures import Finding, ImageReport, check_path, inspect_image
+from drivekd.data.pictures import (
+    Finding,
+    ImageReport,
+    check_path,
+    inspect_image,
+    look_for_image,
+)
 from drivekd.data.reading import Entry
 from drivekd.data.records import Record
 from drivekd.data.texts import check_texts, normalize_text
@@ -137,11 +143,13 @@ class Checker:
         special_tokens: The tokenizer's special tokens; empty takes common spellings.
         count_tokens: Gives the number of tokens of a text; needed with `max_length`.
         max_length: Most tokens of a record's messages.
+        decode: Read and decode every image; False only looks whether its file is there.
     """
 
     def __init__(
         self,
         *,
+        decode: bool = True,
         question_types: Collection[str] | None = None,
         special_tokens: Collection[str] = (),
         count_tokens: Callable[[str], int] | None = None,
@@ -153,6 +161,7 @@ class Checker:
         self._special_tokens = special_tokens
         self._count_tokens = count_tokens
         self._max_length = max_length
+        self._inspect = inspect_image if decode else look_for_image
         self._images: dict[str, ImageReport] = {}
         self._frames: dict[bytes, str] = {}  # digest of a picture or path -> first split with it
         self._questions: dict[bytes, tuple[str, int, bytes]] = {}  # -> split, index, answer
@@ -204,7 +213,7 @@ class Checker:
         for path in dict.fromkeys(record.images):
             full = os.path.abspath(split.root / path)
             if full not in self._images:
-                self._images[full] = inspect_image(split.root / path)
+                self._images[full] = self._inspect(split.root / path)
             report = self._images[full]
             keys.append(report.digest or full.encode(errors="surrogatepass"))
             yield from self._check_image(path, report, keys[-1], split.name)
@@ -294,6 +303,7 @@ def check_records(
     root: str | os.PathLike[str],
     *,
     question_types: Collection[str] | None = None,
+    decode: bool = True,
 ) -> list[Problem]:
     """Find everything that is wrong with records and their images.
 
@@ -307,6 +317,7 @@ def check_records(
         records: Records, or several splits by name.
         root: Folder that image paths are relative to.
         question_types: The legal types; see `Checker`.
+        decode: Read and decode every image; False only looks whether its file is there.
 
     Returns:
         The problems in the order of the records; empty if all is well. An image used by several
@@ -314,7 +325,7 @@ def check_records(
     """
     splits = records if isinstance(records, Mapping) else {"": records}
     return list(
-        Checker(question_types=question_types).check(
+        Checker(question_types=question_types, decode=decode).check(
             Split(name, _entries(members), Path(root)) for name, members in splits.items()
         )
     )

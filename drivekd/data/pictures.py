@@ -61,6 +61,33 @@ def check_path(path: str) -> str:
     return ""
 
 
+def look_for_image(path: Path) -> ImageReport:
+    """Whether there is a file that may be an image, without opening it.
+
+    Args:
+        path: The file; a symbolic link is followed.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return ImageReport((("image_missing", f"does not exist{_hint(path)}"),))
+    except (OSError, ValueError) as error:
+        return ImageReport((_unreadable(error),))
+    if not stat.S_ISREG(status.st_mode):
+        return ImageReport((("image_unreadable", "is not a file"),))
+    if status.st_size > _MAX_BYTES:
+        text = f"has {status.st_size / 2**20:,.0f} MiB, more than {_MAX_BYTES // 2**20}"
+        return ImageReport((("image_unreadable", text),))
+    if not status.st_size:
+        return ImageReport((("image_unreadable", "is empty (0 bytes)"),))
+    return ImageReport()
+
+
+def _unreadable(error: OSError | ValueError) -> Finding:
+    reason = getattr(error, "strerror", None) or error
+    return "image_unreadable", f"cannot be read: {reason}"
+
+
 def inspect_image(path: Path) -> ImageReport:
     """Read and decode an image file.
 
@@ -70,25 +97,16 @@ def inspect_image(path: Path) -> ImageReport:
     Returns:
         Its digest and everything that is wrong with it.
     """
+    if (report := look_for_image(path)).findings:
+        return report
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            return ImageReport((("image_unreadable", "is not a file"),))
-        if status.st_size > _MAX_BYTES:
-            text = f"has {status.st_size / 2**20:,.0f} MiB, more than {_MAX_BYTES // 2**20}"
-            return ImageReport((("image_unreadable", text),))
         content = path.read_bytes()
-    except FileNotFoundError:
-        return ImageReport((("image_missing", f"does not exist{_hint(path)}"),))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        return ImageReport((("image_unreadable", f"cannot be read: {reason}"),))
+    except OSError as error:
+        return ImageReport((_unreadable(error),))
     digest = hashlib.sha256(content).digest()
     if content.startswith(_LFS_POINTER):
         text = "is a Git LFS pointer; fetch the file itself (git lfs pull)"
         return ImageReport((("image_unreadable", text),), digest)
-    if not content:
-        return ImageReport((("image_unreadable", "is empty (0 bytes)"),), digest)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -29,11 +29,14 @@ class DataConfig:
         train: File of training records.
         eval: File of records whose cross-entropy is measured during training; None for none.
         root: Folder that image paths start from; None is the training file's folder.
+        check: What is looked at before training: "full" decodes every image, "quick" looks for
+            their files only. A run that goes on with the records it has checked is quick.
     """
 
     train: str
     eval: str | None = None
     root: str | None = None
+    check: Literal["full", "quick"] = "full"
 
 
 @dataclass(frozen=True, kw_only=True)

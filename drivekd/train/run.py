@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers.integrations import is_tensorboard_available
 
 from drivekd.data import Collator, Record, check_records, load_records
 from drivekd.data.check import UNUSABLE_KINDS
+from drivekd.data.conversation import check_reserved
 from drivekd.data.encode import Encoder
 from drivekd.errors import CheckpointError, DataError, RecipeError, TokenMismatchError
 from drivekd.train import checkpoints, run_folder
@@ -63,14 +64,17 @@ def distill(recipe: Recipe) -> Path:
     for role, path in {"student": recipe.student, **_named(teachers)}.items():
         check_place(role, path)
     root = data_root(recipe)
-    splits = _load_splits(recipe, root)
+    splits = _load_splits(recipe)
+    decode = recipe.data.check == "full" and not run_folder.has_checked(recipe, splits)
+    _check_splits(recipe, splits, root, decode=decode)
     with _as_recipe_errors("encoder"):
         encoder, processing = build_encoder(recipe.encoder, recipe.student, root)
+    _check_tokens(splits, encoder)
     tokenizer = getattr(processing, "tokenizer", processing)
     for name, path in teachers.items():
         check_tokenizer(name, path, tokenizer)
     with run_folder.alone_in(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
-        checkpoint = run_folder.prepare(recipe, args, splits[recipe.data.train])
+        checkpoint = run_folder.prepare(recipe, args, splits)
         return _train(recipe, args, teachers, splits, encoder, processing, checkpoint)
 
 
@@ -224,25 +228,49 @@ def check_tokenizer(name: str, path: str | Path, tokenizer: Any) -> None:
             )
 
 
-def _load_splits(recipe: Recipe, root: Path) -> dict[str, list[Record]]:
-    """Training and evaluation records, checked; faults that training survives are warnings."""
+def _load_splits(recipe: Recipe) -> dict[str, list[Record]]:
+    """Training and evaluation records by file."""
     files = [file for file in (recipe.data.train, recipe.data.eval) if file is not None]
     splits = {file: load_records(file) for file in files}
     for file, records in splits.items():
         if not records:
             raise DataError(f"{file} holds no records")
-    problems = check_records(splits, root, question_types=recipe.distill.mixing or None)
+    return splits
+
+
+def _check_splits(
+    recipe: Recipe, splits: Mapping[str, list[Record]], root: Path, *, decode: bool
+) -> None:
+    """Refuse records that cannot be used; faults that training survives are warnings."""
+    types = recipe.distill.mixing or None
+    problems = check_records(splits, root, question_types=types, decode=decode)
     for which, is_fatal in (("unusable", True), ("doubtful", False)):
         found = [problem for problem in problems if (problem.kind in UNUSABLE_KINDS) == is_fatal]
         if not found:
             continue
-        shown = "\n".join(f"  {problem}" for problem in found[:_PROBLEMS_SHOWN])
         count = len({(problem.split, problem.index) for problem in found})
-        text = f"{count} {which} records, of which the first are:\n{shown}"
+        text = _listed(count, which, found)
         if is_fatal:
             raise DataError(text)
         _LOG.warning("%s", text)
-    return splits
+
+
+def _check_tokens(splits: Mapping[str, list[Record]], encoder: Encoder) -> None:
+    """Refuse what the encoder would refuse of a record's text, hours later."""
+    reserved = getattr(encoder, "reserved_tokens", ())
+    faults = []
+    for record in (record for records in splits.values() for record in records):
+        try:
+            check_reserved(record, reserved)
+        except DataError as error:
+            faults.append(error)
+    if faults:
+        raise DataError(_listed(len(faults), "unusable", faults))
+
+
+def _listed(count: int, which: str, found: Sequence[object]) -> str:
+    shown = "\n".join(f"  {each}" for each in found[:_PROBLEMS_SHOWN])
+    return f"{count} {which} records, of which the first are:\n{shown}"
 
 
 def _report_to() -> str:

@@ -108,15 +108,35 @@ def alone_in(run: Path) -> Iterator[None]:
 
 def data_facts(records: Sequence[Record], total_batch: int) -> dict[str, Any]:
     """What decides which records a step sees: the records, in order, and how many a step takes."""
+    return {"records": len(records), "digest": _digest(records), "batch": total_batch}
+
+
+def has_checked(recipe: Recipe, splits: Mapping[str, Sequence[Record]]) -> bool:
+    """Whether the run has decoded the images of just these records before, and goes on."""
+    run = Path(recipe.training["output_dir"])
+    goes_on = recipe.training.get("resume_from_checkpoint") is not None
+    if not goes_on or checkpoints.newest_complete(run) is None or not (run / FACTS).is_file():
+        return False
+    return _facts(run / FACTS).get("checked") == _checked(recipe, splits)
+
+
+def _checked(recipe: Recipe, splits: Mapping[str, Sequence[Record]]) -> list[str]:
+    root = recipe.data.root or os.path.dirname(recipe.data.train)
+    return [os.path.abspath(root), *(_digest(records) for records in splits.values())]
+
+
+def _digest(records: Sequence[Record]) -> str:
     digest = hashlib.sha256()
     for record in records:
         row = [[m.role, m.content] for m in record.messages], record.images, record.question_type
         digest.update(json.dumps(row).encode())
-    return {"records": len(records), "digest": digest.hexdigest(), "batch": total_batch}
+    return digest.hexdigest()
 
 
 def prepare(
-    recipe: Recipe, args: transformers.TrainingArguments, records: Sequence[Record]
+    recipe: Recipe,
+    args: transformers.TrainingArguments,
+    splits: Mapping[str, Sequence[Record]],
 ) -> str | None:
     """Find the checkpoint to go on from, and remember recipe and data in the run's folder.
 
@@ -125,7 +145,7 @@ def prepare(
     Args:
         recipe: The recipe.
         args: Its training arguments.
-        records: Training records, in order.
+        splits: Training and evaluation records by file, in order.
 
     Returns:
         The checkpoint; None for a fresh run.
@@ -146,7 +166,8 @@ def prepare(
     if found is not None and not Path(found).is_dir():
         raise CheckpointError(f"training.resume_from_checkpoint is {found}, which is no folder")
     facts = data_facts(
-        records, args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        splits[recipe.data.train],
+        args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
     )
     if found is not None:
         for change in check_resumed(recipe, facts, Path(found).parent):
@@ -157,6 +178,8 @@ def prepare(
             f"{older} is of an earlier run; to go on with it give training.resume_from_checkpoint"
             "=auto, to start afresh delete the checkpoints or give another training.output_dir"
         )
+    if recipe.data.check == "full":
+        facts["checked"] = _checked(recipe, splits)
     _wait(args)  # all have read before the first one writes
     if is_first:
         _write(run / RECIPE, yaml.safe_dump(recipe_tree(recipe), sort_keys=False))

@@ -1,5 +1,6 @@
 """What a run's folder remembers: one run at a time, and the same run after resuming."""
 
+import dataclasses
 import errno
 import json
 import logging
@@ -10,8 +11,8 @@ import pytest
 import transformers
 
 from drivekd.cli import main
-from drivekd.data import save_records
-from drivekd.errors import CheckpointError, RecipeError
+from drivekd.data import Message, check, save_records
+from drivekd.errors import CheckpointError, DataError, RecipeError
 from drivekd.train import distill, load_recipe, run_folder
 from tests.helpers import toy_data
 from tests.helpers.runs import recipe_of, save_checkpoints, write_recipe
@@ -182,3 +183,50 @@ def test_full_disk_at_the_very_end_keeps_the_checkpoint_and_is_made_good(
     assert (run / "checkpoint-1").is_dir() and not (run / "student").exists()
     assert not list((run / "incomplete").iterdir())
     assert (distill(recipe(AUTO)) / "model.safetensors").is_file()
+
+
+def opened(monkeypatch):
+    """Paths of the pictures that are opened to check them."""
+    paths = []
+    real = check.inspect_image
+    monkeypatch.setattr(check, "inspect_image", lambda path: paths.append(path) or real(path))
+    return paths
+
+
+def test_pictures_are_decoded_once_for_a_run_and_all_its_resumes(recipe, tmp_path, monkeypatch):
+    paths = opened(monkeypatch)
+    distill(recipe())
+    assert len(paths) == 4
+    distill(recipe(AUTO, "training.max_steps=2"))
+    assert len(paths) == 4
+    (tmp_path / "0-2.png").unlink()
+    with pytest.raises(DataError, match=r"0-2\.png does not exist"):
+        distill(recipe(AUTO, "training.max_steps=3"))
+    distill(recipe("data.root=" + str(moved(tmp_path)), f"training.output_dir={tmp_path / 'b'}"))
+    assert len(paths) == 8
+
+
+def moved(folder):
+    other = folder / "pictures"
+    other.mkdir()
+    toy_data.records(other, ("sort", "fold", "sort", "fold"))
+    return other
+
+
+def test_quick_check_looks_for_files_only(recipe, tmp_path, monkeypatch):
+    paths = opened(monkeypatch)
+    distill(recipe("data.check=quick"))
+    assert not paths and "checked" not in json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "0-1.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"0-1\.png is empty"):
+        distill(recipe("data.check=quick", f"training.output_dir={tmp_path / 'b'}"))
+
+
+def test_token_that_the_encoder_refuses_is_found_before_training(recipe, tmp_path):
+    records = toy_data.records(tmp_path, ("sort", "fold"))
+    question = Message("user", f"<image> w7 {toy_data.IMAGE_TOKEN}")
+    broken = dataclasses.replace(records[1], messages=(question, Message("assistant", "w8")))
+    save_records([records[0], broken], tmp_path / "train.json")
+    with pytest.raises(DataError, match=r"1 unusable records(.|\n)*'fold-1'.*reserved token"):
+        distill(recipe())
+    assert not (tmp_path / "run").exists()
