@@ -100,6 +100,12 @@ def alone_in(run: Path) -> Iterator[None]:
         raise RecipeError(
             f"another process trains in {run}; wait for it, or give another training.output_dir"
         ) from error
+    except NotImplementedError as error:  # some cluster file systems have no locks
+        _LOG.warning(
+            "%s cannot be locked (%s): see to it that one run at a time uses it", run, error
+        )
+        yield
+        return
     try:
         yield
     finally:

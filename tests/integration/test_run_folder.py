@@ -61,6 +61,16 @@ def test_two_runs_in_one_folder_are_refused(recipe, tmp_path):
     distill(recipe())  # the lock is free again
 
 
+def test_file_system_without_locks_is_said_and_no_hindrance(recipe, monkeypatch, caplog):
+    def acquire(self, **_):
+        raise NotImplementedError("no flock here")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with caplog.at_level(logging.WARNING, logger="drivekd"):
+        assert distill(recipe()).is_dir()
+    assert "cannot be locked (no flock here)" in caplog.text
+
+
 def test_output_folder_that_is_a_file_is_named(recipe, tmp_path, capsys):
     (tmp_path / "run").write_text("")
     for name in ("run", "run/below"):
