@@ -42,9 +42,6 @@ _WIDTH = 480  # pixels of a frame
 _STRETCH = 4.0  # of the longer side to the shorter one
 _TITLE = 90  # characters
 
-# What models and records that are gone, or do not fit any more, raise.
-FAULTS = (OSError, ValueError, TypeError, RuntimeError, NotImplementedError, ImportError)
-
 Map = npt.NDArray[np.float32]
 
 
@@ -96,12 +93,12 @@ def draw_run_overlays(
     A map is the mean over heads, over the signal's layers (a teacher's layers in the groups that
     the loss compares) and over the text tokens that come after the picture, of their attention to
     each of its vision tokens. Teachers are loaded one after the other, each as deep as its signals
-    need. Never raises for models, records or pictures that are gone: the notes say what is missing.
+    need. Whatever goes wrong is a note: a report of curves is not lost to a picture.
 
     Args:
         recipe: The run's recipe.
         run: Its folder; the student is its `student`, else the newest whole checkpoint.
-        count: Records a signal, from the evaluation records if the recipe has any.
+        count: Records a signal, evaluation records first.
         device: Where the models run.
     """
     signals = [signal for signal in recipe.distill.active if signal.kind == "attention"]
@@ -118,7 +115,7 @@ def draw_run_overlays(
         encoder, processing = build_encoder(recipe.encoder, _with_tokenizer(folder, recipe), root)
         student = _load_student(folder, recipe).to(device).eval()
         chosen, skipped = _examples(recipe, signals, encoder, processing, student, root, count)
-    except FAULTS as error:
+    except Exception as error:
         return Drawn((), (*notes, f"Attention overlays could not be drawn: {_line(error)}."))
     notes += skipped
     plots = []
@@ -136,14 +133,14 @@ def draw_run_overlays(
                 torch.device(device),
                 dtype=recipe.teacher_dtype,
             )[name]
-        except FAULTS as error:
+        except Exception as error:
             names = ", ".join(signal.name for signal in own)
             notes.append(f"Teacher {name!r} of {names} could not be loaded: {_line(error)}.")
             continue
         for signal in own:
             try:
                 plots.append(_draw(signal, student, teacher, chosen[signal.name], folder))
-            except FAULTS as error:
+            except Exception as error:
                 notes.append(f"The maps of {signal.name} could not be drawn: {_line(error)}.")
         del teacher
     return Drawn(tuple(plots), tuple(notes))
@@ -189,7 +186,8 @@ def _examples(
     count: int,
 ) -> tuple[dict[str, list[_Example]], list[str]]:
     """For each signal the first records that it works on and that can be drawn; and faults."""
-    records = load_records(recipe.data.eval or recipe.data.train)
+    files = [file for file in (recipe.data.eval, recipe.data.train) if file is not None]
+    records = [record for file in files for record in load_records(file)]
     mixing = recipe.distill.resolve_mixing({record.question_type for record in records})
     pad = int(getattr(processing, "tokenizer", processing).pad_token_id)
     made: dict[int, _Example | None] = {}
@@ -199,7 +197,7 @@ def _examples(
         if index not in made:
             try:
                 made[index] = _encode(records[index], encoder, student, root, pad)
-            except FAULTS as error:
+            except Exception as error:
                 made[index] = None
                 faults[f"{describe_record(records[index])} cannot be drawn: {_line(error)}."] = None
         return made[index]
@@ -237,7 +235,17 @@ def _encode(record: Record, encoder: Encoder, student: Any, root: Path, pad: int
     inputs = collate_features([encoded], pad_token_id=pad)
     del inputs["labels"]
     tokens = TokenLayout.from_batch(inputs, student.config)
+    for view in views:
+        if not _asking(tokens, view).any():
+            raise ValueError(f"it has no text after image {view.image + 1}")
     return _Example(record, inputs, tokens, views, images)
+
+
+def _asking(tokens: TokenLayout, view: View) -> Tensor:
+    """(N,) bool, the text tokens that come after a view's last token."""
+    asking = tokens.is_text[0].clone()
+    asking[: max(map(max, view.tokens)) + 1] = False
+    return asking
 
 
 def _draw(
@@ -324,11 +332,7 @@ def _layer_map(captured: CapturedAttention, layer: int, tokens: TokenLayout) -> 
 def _on_grid(whole: Tensor, view: View, example: _Example) -> Map:
     """(rows, columns) mean attention of the text after a picture to its patches."""
     places = torch.tensor(view.tokens)
-    asking = example.tokens.is_text[0].clone()
-    asking[: int(places.max()) + 1] = False
-    if not asking.any():
-        raise ValueError(f"{describe_record(example.record)} has no text after its picture")
-    grid: Map = whole[asking].mean(0)[places].numpy()
+    grid: Map = whole[_asking(example.tokens, view)].mean(0)[places].numpy()
     return grid
 
 
@@ -385,5 +389,7 @@ def _layers(spec: LayerSpec | None) -> str:
 
 def _line(error: BaseException) -> str:
     """An error as the middle of a sentence."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.rstrip(".")
+    text = " ".join(str(error).split())
+    if not text or not isinstance(error, OSError | ValueError | RuntimeError):
+        text = f"{type(error).__name__}: {text}"
+    return text.rstrip(".: ")

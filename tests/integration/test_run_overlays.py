@@ -112,6 +112,17 @@ def test_what_is_gone_is_said_in_the_page_and_the_rest_is_drawn(run, tmp_path):
     assert "<h3>Attention of sort</h3>" in text and "Attention of fold</h3>" not in text
 
 
+@pytest.mark.parametrize("place", ["load_model", "prepare_teachers", "_maps"])
+def test_whatever_goes_wrong_is_a_note_beside_the_curves(run, monkeypatch, place):
+    def fail(*_, **__):
+        raise AssertionError("no such device.")
+
+    monkeypatch.setattr(run_overlays, place, fail)
+    assert main(["report", str(run), "--overlays", "1"]) == 0
+    text = (run / "report.html").read_text()
+    assert "AssertionError: no such device." in text and "<h3>Losses</h3>" in text
+
+
 def test_folder_without_a_recipe_still_gives_its_curves(run, capsys):
     (run / "recipe.yaml").unlink()
     assert main(["report", str(run)]) == 0
@@ -174,6 +185,24 @@ def test_records_that_cannot_be_drawn_are_named(run, trained, tmp_path):
     done = overlays_of_run(run, overrides=[f"data.train={tmp_path / 'moved.json'}"], count=1)
     assert len(done.plots) == 2
     assert "'sort-0'" in done.notes[0] and "does not exist" in done.notes[0]
+
+
+def test_evaluation_records_come_first_and_training_records_fill_up(run, trained, tmp_path):
+    held_out = toy_data.records(trained, ("sort",), seed=9)
+    save_records(held_out, tmp_path / "eval.json")
+    changes = [
+        f"data.eval={tmp_path / 'eval.json'}",
+        f"data.root={trained}",
+        "distill.mixing={sort: {sort: 1}, fold: {fold: 1}}",
+    ]
+    done = overlays_of_run(run, overrides=changes, count=2)
+    first, second = (plot.alt for plot in done.plots)
+    own, train = (
+        records[0].question.split()[1]
+        for records in (held_out, toy_data.records(trained, ("sort",)))
+    )
+    assert done.notes == () and first.index(own) < first.index(train)
+    assert "fold-1" in second and "fold-3" in second
 
 
 def test_run_without_attention_signals_says_so(run):
