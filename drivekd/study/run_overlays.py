@@ -21,6 +21,7 @@ from drivekd.data import Record, load_records
 from drivekd.data.collate import collate_features
 from drivekd.data.conversation import describe_record, load_image
 from drivekd.data.encode import Encoder
+from drivekd.errors import RecipeError
 from drivekd.functional import attention_map
 from drivekd.losses import AttentionMapLoss
 from drivekd.study.grids import View, find_views
@@ -82,7 +83,13 @@ def overlays_of_run(
     file = recipe_file or run / RECIPE
     if not file.is_file() and recipe_file is None:
         return Drawn(notes=(f"No overlays: {file} does not exist; name a recipe by --recipe.",))
-    return draw_run_overlays(load_recipe(file, overrides), run, count=count, device=device)
+    try:
+        recipe = load_recipe(file, overrides)
+    except RecipeError as error:
+        if recipe_file is not None or overrides:
+            raise
+        return Drawn(notes=(f"No overlays: {_line(error)}.",))
+    return draw_run_overlays(recipe, run, count=count, device=device)
 
 
 def draw_run_overlays(

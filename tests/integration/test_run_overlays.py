@@ -131,6 +131,14 @@ def test_folder_without_a_recipe_still_gives_its_curves(run, capsys):
     assert "<h3>Losses</h3>" in text
 
 
+def test_damaged_recipe_of_the_folder_is_a_note_and_a_wrong_override_an_error(run, capsys):
+    assert main(["report", str(run), "studnt=x"]) == 2
+    assert "did you mean 'student'" in capsys.readouterr().err
+    (run / "recipe.yaml").write_text("student: [")
+    assert main(["report", str(run)]) == 0
+    assert "No overlays: " in (run / "report.html").read_text()
+
+
 def test_no_models_are_loaded_for_zero_overlays(run, monkeypatch):
     monkeypatch.setattr(run_overlays, "load_model", None)
     assert main(["report", str(run), "--overlays", "0"]) == 0
