@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drivekd.cli_data import FOUND_PROBLEMS, OK, add_data_commands
+from drivekd.cli_report import add_report_command
 from drivekd.errors import (
     BackendUnavailableError,
     CaptureError,
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with code 2 for a command line that is not legal, 0 after `--help`.
     """
-    settings = build_parser().parse_args(arguments)
+    settings = _parse(build_parser(), arguments)
     try:
         code: int = settings.run(settings)
         sys.stdout.flush()
@@ -110,6 +111,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; argparse itself refuses KEY=VALUE behind an option."""
+    settings, rest = parser.parse_known_args(arguments)
+    if hasattr(settings, "overrides") and all("=" in r and r[0] != "-" for r in rest):
+        settings.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return settings
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
@@ -124,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_distill(commands)
     _add_verify(commands)
-    _add_report(commands)
+    add_report_command(commands, _add_command)
     add_data_commands(commands, _add_command)
     _add_evaluate(commands)
     _add_doctor(commands)
@@ -220,18 +231,6 @@ def _add_verify(commands: Any) -> None:
     )
 
 
-def _add_report(commands: Any) -> None:
-    command = _add_command(
-        commands,
-        "report",
-        _run_report,
-        help="draw the log of a training run",
-        description="Draw losses, gradients, conflicts and speed of a training run from its "
-        "log.jsonl, into one\nself-contained RUN/report.html. Works while the run goes on.",
-    )
-    command.add_argument("folder", type=Path, metavar="RUN", help="training.output_dir of a run")
-
-
 def _add_evaluate(commands: Any) -> None:
     command = _add_command(
         commands,
@@ -325,13 +324,6 @@ def _run_verify(settings: argparse.Namespace) -> int:
     file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"\nall numbers: {file}")
     return FOUND_PROBLEMS if document["verdict"] == DIFFERS else OK
-
-
-def _run_report(settings: argparse.Namespace) -> int:
-    from drivekd.study.training import write_training_report
-
-    print(f"report: {write_training_report(settings.folder)}")
-    return OK
 
 
 def _run_evaluate(settings: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 from collections import Counter
@@ -10,7 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from drivekd.data.pictures import Finding, ImageReport, check_path, inspect_image
+from drivekd.data.pictures import (
+    Finding,
+    ImageReport,
+    check_path,
+    inspect_image,
+    look_for_image,
+)
 from drivekd.data.reading import Entry
 from drivekd.data.records import Record
 from drivekd.data.texts import check_texts, normalize_text
@@ -136,11 +143,13 @@ class Checker:
         special_tokens: The tokenizer's special tokens; empty takes common spellings.
         count_tokens: Gives the number of tokens of a text; needed with `max_length`.
         max_length: Most tokens of a record's messages.
+        decode: Read and decode every image; False only looks whether its file is there.
     """
 
     def __init__(
         self,
         *,
+        decode: bool = True,
         question_types: Collection[str] | None = None,
         special_tokens: Collection[str] = (),
         count_tokens: Callable[[str], int] | None = None,
@@ -152,6 +161,7 @@ class Checker:
         self._special_tokens = special_tokens
         self._count_tokens = count_tokens
         self._max_length = max_length
+        self._inspect = inspect_image if decode else look_for_image
         self._images: dict[str, ImageReport] = {}
         self._frames: dict[bytes, str] = {}  # digest of a picture or path -> first split with it
         self._questions: dict[bytes, tuple[str, int, bytes]] = {}  # -> split, index, answer
@@ -203,10 +213,11 @@ class Checker:
         for path in dict.fromkeys(record.images):
             full = os.path.abspath(split.root / path)
             if full not in self._images:
-                self._images[full] = inspect_image(split.root / path)
+                self._images[full] = self._inspect(split.root / path)
             report = self._images[full]
             keys.append(report.digest or full.encode(errors="surrogatepass"))
             yield from self._check_image(path, report, keys[-1], split.name)
+        yield from self._check_frame_token(record, split.name)
         yield from self._check_question(record, keys, split.name, entry.index)
 
     def _check_image(
@@ -219,6 +230,15 @@ class Checker:
             yield kind, f"image {name} {text}"
         if self._frames.setdefault(key, split) != split:
             yield "frame_in_two_splits", f"image {name} is also in split {self._frames[key]!r}"
+
+    def _check_frame_token(self, record: Record, split: str) -> Iterator[Finding]:
+        """Driving records of one moment, seen by other cameras."""
+        token = record.meta.get("frame_token")
+        if not isinstance(token, str) or not token:
+            return
+        key = b"frame token " + token.encode(errors="surrogatepass")
+        if self._frames.setdefault(key, split) != split:
+            yield "frame_in_two_splits", f"frame {token!r} is also in split {self._frames[key]!r}"
 
     def _check_length(self, record: Record) -> Iterator[Finding]:
         if self._count_tokens is None or self._max_length is None:
@@ -256,7 +276,7 @@ class Checker:
         elif name not in self._types:
             yield (
                 "question_type",
-                f"question type {name!r} is unknown; known are {', '.join(sorted(self._types))}",
+                f"question type {name!r} is unknown; {_known(name, sorted(self._types))}",
             )
 
     def _check_types(self) -> Iterator[Problem]:
@@ -270,8 +290,8 @@ class Checker:
                 text = f"question type {name!r}{more} is {like!r} in other letters"
             elif is_public and name not in PUBLIC_TYPES:
                 text = (
-                    f"question type {name!r}{more} is unknown; known are "
-                    f"{', '.join(PUBLIC_TYPES)}, or name your own (--types)"
+                    f"question type {name!r}{more} is unknown; {_known(name, PUBLIC_TYPES)}, or "
+                    "name your own (--types)"
                 )
             else:
                 continue
@@ -283,6 +303,7 @@ def check_records(
     root: str | os.PathLike[str],
     *,
     question_types: Collection[str] | None = None,
+    decode: bool = True,
 ) -> list[Problem]:
     """Find everything that is wrong with records and their images.
 
@@ -296,6 +317,7 @@ def check_records(
         records: Records, or several splits by name.
         root: Folder that image paths are relative to.
         question_types: The legal types; see `Checker`.
+        decode: Read and decode every image; False only looks whether its file is there.
 
     Returns:
         The problems in the order of the records; empty if all is well. An image used by several
@@ -303,7 +325,7 @@ def check_records(
     """
     splits = records if isinstance(records, Mapping) else {"": records}
     return list(
-        Checker(question_types=question_types).check(
+        Checker(question_types=question_types, decode=decode).check(
             Split(name, _entries(members), Path(root)) for name, members in splits.items()
         )
     )
@@ -312,6 +334,12 @@ def check_records(
 def _entries(records: Sequence[Record]) -> Iterator[Entry]:
     for index, record in enumerate(records):
         yield Entry(index, record, id=record.id)
+
+
+def _known(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    listed = f"known are {', '.join(known)}"
+    return f"did you mean {close[0]!r}? {listed}" if close else listed
 
 
 def _digest(content: bytes) -> bytes:

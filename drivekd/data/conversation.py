@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
@@ -103,6 +103,24 @@ def check_reserved(record: Record, tokens: Sequence[str]) -> None:
                 )
 
 
+def apply_template(owner: Any, messages: Sequence[Any], add_generation_prompt: bool) -> str:
+    """The text of messages by a tokenizer's or processor's chat template.
+
+    Raises:
+        DataError: The template refuses the messages, as many do where roles do not alternate.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text = owner.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(f"the chat template refuses turns by {roles}: {error}") from error
+    return str(text)
+
+
 class Piece(NamedTuple):
     """A stretch of the templated conversation and the number of messages that it completes."""
 
@@ -125,6 +143,7 @@ def split_answers(record: Record, turns: Sequence[Turn], template: Template) -> 
     otherwise the text ends with the last answer.
     """
     is_open = turns[-1][0] != "assistant"
+    template = _naming(record, template)
     whole = template(len(turns), is_open)
     pieces: list[Piece] = []
     position = 0
@@ -145,6 +164,18 @@ def split_answers(record: Record, turns: Sequence[Turn], template: Template) -> 
     if is_open:
         pieces.append(Piece(whole[position:], False, len(turns)))
     return pieces
+
+
+def _naming(record: Record, template: Template) -> Template:
+    """The template, whose errors name the record."""
+
+    def render(count: int, add_generation_prompt: bool) -> str:
+        try:
+            return template(count, add_generation_prompt)
+        except DataError as error:
+            raise DataError(f"{describe_record(record)}: {error}") from error
+
+    return render
 
 
 def count_placeholders(turns: Sequence[Turn]) -> int:

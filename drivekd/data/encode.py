@@ -14,6 +14,7 @@ from torch import Tensor
 from drivekd.data.conversation import (
     Template,
     Turn,
+    apply_template,
     check_record,
     check_reserved,
     count_placeholders,
@@ -113,7 +114,7 @@ class SingleTileEncoder:
         self._image_text = (
             (start_image_token or "") + image_token * image_seq_length + (end_image_token or "")
         )
-        self._reserved = tuple(
+        self.reserved_tokens = tuple(
             token
             for token in (image_token, start_image_token, end_image_token)
             if token is not None and token != IMAGE_PLACEHOLDER
@@ -155,7 +156,7 @@ class SingleTileEncoder:
     def _encode(self, record: Record, *, needs_answer: bool) -> tuple[list[int], list[int]]:
         """Ids and labels; earlier answers are cut out in prompts too, so that both agree."""
         check_record(record, needs_answer=needs_answer)
-        check_reserved(record, self._reserved)
+        check_reserved(record, self.reserved_tokens)
         turns = turns_of(record, drop_answer=not needs_answer)
         ids: list[int] = []
         labels: list[int] = []
@@ -170,10 +171,7 @@ class SingleTileEncoder:
         messages = [{"role": role, "content": content} for role, content in turns]
 
         def render(count: int, add_generation_prompt: bool) -> str:
-            text = self.tokenizer.apply_chat_template(
-                messages[:count], tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-            return str(text)
+            return apply_template(self.tokenizer, messages[:count], add_generation_prompt)
 
         return render
 
@@ -231,7 +229,7 @@ class ProcessorEncoder:
         self.processor = processor
         self.root = None if root is None else Path(root)
         named = [getattr(processor, name, None) for name in ("image_token", "video_token")]
-        self._reserved = tuple(
+        self.reserved_tokens = tuple(
             token for token in named if isinstance(token, str) and token != IMAGE_PLACEHOLDER
         )
 
@@ -251,11 +249,11 @@ class ProcessorEncoder:
                 do not share their first tokens.
         """
         check_record(record, needs_answer=True)
-        check_reserved(record, self._reserved)
+        check_reserved(record, self.reserved_tokens)
         turns = turns_of(record, drop_answer=False)
         pieces = split_answers(record, turns, self._template(turns))
         images = [load_image(record, path, self.root) for path in record.images]
-        encoded = self._process("".join(piece.text for piece in pieces), images)
+        encoded = self._process_of(record, "".join(piece.text for piece in pieces), images)
         ids = encoded["input_ids"]
         labels = torch.full_like(ids, IGNORE_INDEX)
         text, start = "", 0
@@ -283,22 +281,32 @@ class ProcessorEncoder:
             DataError: As in `__call__`.
         """
         check_record(record, needs_answer=False)
-        check_reserved(record, self._reserved)
+        check_reserved(record, self.reserved_tokens)
         turns = turns_of(record, drop_answer=True)
         images = [load_image(record, path, self.root) for path in record.images]
         pieces = split_answers(record, turns, self._template(turns))
-        return self._process("".join(piece.text for piece in pieces), images)
+        return self._process_of(record, "".join(piece.text for piece in pieces), images)
 
     def _template(self, turns: Sequence[Turn]) -> Template:
         conversation = [{"role": role, "content": _content(content)} for role, content in turns]
 
         def render(count: int, add_generation_prompt: bool) -> str:
-            text = self.processor.apply_chat_template(
-                conversation[:count], tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-            return str(text)
+            return apply_template(self.processor, conversation[:count], add_generation_prompt)
 
         return render
+
+    def _process_of(
+        self, record: Record, text: str, images: list[Image.Image]
+    ) -> dict[str, Tensor]:
+        """Call the processor; what it refuses, such as a picture's shape, is the record's fault."""
+        try:
+            return self._process(text, images)
+        except ValueError as error:
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+            raise DataError(
+                f"{describe_record(record)}: the processor refuses it ({error}); its images are "
+                f"{sizes or 'none'}"
+            ) from error
 
     def _process(self, text: str, images: list[Image.Image]) -> dict[str, Tensor]:
         """Call the processor on one text and take its batch dimension off the token inputs."""

@@ -87,7 +87,9 @@ def read_items(path: Path) -> Iterator[Item]:
                 stream.seek(0)
                 yield from _document_items(stream.read().removeprefix(_BOM), path)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} cannot be read: it is not UTF-8 ({error})") from error
+        raise DataError(
+            f"{path} cannot be read: it is not UTF-8 ({error}); save it as UTF-8"
+        ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
@@ -132,7 +134,8 @@ def _line_items(stream: BinaryIO) -> Iterator[Item]:
         except UnicodeDecodeError as error:
             yield Item(index, fault=f"line {number} is not UTF-8: {error}")
         except (ValueError, RecursionError) as error:
-            yield Item(index, fault=f"line {number} is not valid JSON: {error}")
+            fault = f"line {number} is not valid JSON: {error}{_json_hint(content, error)}"
+            yield Item(index, fault=fault)
         else:
             yield _checked(Item(index, value))
         index += 1
@@ -147,7 +150,7 @@ def _document_items(content: bytes, path: Path) -> Iterator[Item]:
     try:
         root = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
+        raise DataError(f"{path} is not valid JSON: {error}{_json_hint(content, error)}") from error
     for index, (key, value) in enumerate(_members(root, path)):
         yield _checked(Item(index, value, key=key))
 
@@ -173,9 +176,32 @@ def _list_items(text: str, position: int, path: Path) -> Iterator[Item]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
+        hint = _json_hint(text.encode(), error)
         raise DataError(
-            f"{path} is not valid JSON: {error}; {index} records were read before that"
+            f"{path} is not valid JSON: {error}{hint}; {index} records were read before that"
         ) from error
+
+
+def _json_hint(content: bytes, error: Exception) -> str:
+    """What is most often behind a parser's error, for its message."""
+    if not content.strip():
+        return "; the file is empty"
+    if b"\0" in content:
+        return "; it holds zero bytes, as files do that a crash or a copy cut short"
+    if not isinstance(error, json.JSONDecodeError):
+        return ""
+    before, at = error.doc[: error.pos].rstrip(), error.doc[error.pos : error.pos + 1]
+    if at in ("]", "}") and before.endswith(","):
+        return "; the comma before it is one too many"
+    if at == "," and error.msg == "Extra data":
+        return "; records stand in one list, or one a line without commas between them"
+    if at == "'" or error.doc[error.pos : error.pos + 4] in ("None", "True", "Fals"):
+        return "; this is Python's notation, write it by json.dumps"
+    if at in ("/", "#"):
+        return "; JSON has no comments"
+    if not error.doc[error.pos :].strip() or "Unterminated" in error.msg:
+        return "; its end is missing"
+    return ""
 
 
 def _members(root: Any, path: Path) -> Iterator[tuple[str, Any]]:
@@ -186,13 +212,22 @@ def _members(root: Any, path: Path) -> Iterator[tuple[str, Any]]:
         yield from (("", value) for value in root[lists[0]])
     elif not lists and root.keys() & _RECORD_KEYS:
         yield "", root
-    elif not lists and root and all(isinstance(value, dict) for value in root.values()):
+    elif not lists and root and (_holds_scenes(root) or all(map(_is_object, root.values()))):
         yield from root.items()
     else:
         raise DataError(
             f"{path} is a JSON object with {len(lists)} lists of records; exactly one of the "
             f"keys {', '.join(LIST_KEYS)} must hold a list"
         )
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _holds_scenes(root: dict[str, Any]) -> bool:
+    """Whether it is DriveLM's object of scenes, damaged ones among them."""
+    return any(_is_object(value) and "key_frames" in value for value in root.values())
 
 
 def _skip_space(text: str, position: int) -> int:

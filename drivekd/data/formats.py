@@ -29,6 +29,7 @@ from drivekd.data.records import (
     TypeNames,
     identifier,
     image_paths,
+    make_message,
     record_from_json,
     require_object,
     with_placeholders,
@@ -67,18 +68,18 @@ def read_conversation(item: Item, names: TypeNames) -> Parsed:
         raise DataError("conversations is missing or empty; a list of from and value is needed")
     messages = []
     if value.get("system"):
-        messages.append(Message("system", value["system"]))
+        messages.append(make_message("system", value["system"], "system"))
     for index, turn in enumerate(turns):
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
             raise DataError(f"conversations[{index}] must be an object with from and value")
-        role = _ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
+        name = turn["from"]
+        role = _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
         if role is None:
             raise DataError(
                 f"conversations[{index}] is from {turn['from']!r}; {', '.join(_ROLES)} are known"
             )
-        messages.append(Message(role, turn["value"]))
-    given = {key: v for key, v in value.items() if key != "image" or v is not None}
-    images = image_paths(given, ("images", "image"))
+        messages.append(make_message(role, turn["value"], f"conversations[{index}]"))
+    images = image_paths(value, ("images", "image"))
     question_type, type_key = names.of(value)
     known = {"conversations", "system", "image", "images", "id", type_key}
     meta = {key: v for key, v in value.items() if key not in known}

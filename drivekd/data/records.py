@@ -206,7 +206,6 @@ def record_from_json(item: Any, names: TypeNames) -> Record:
 
     Raises:
         DataError: If the item is not usable.
-        TypeError: If a role or content is no text.
     """
     item = require_object(item)
     images = image_paths(item, ("images", "image"))
@@ -229,7 +228,7 @@ def require_object(item: Any) -> dict[str, Any]:
 
 def image_paths(item: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, ...]:
     """The image paths under the one of some keys that is there."""
-    given = [key for key in keys if key in item]
+    given = [key for key in keys if item.get(key) is not None]
     if len(given) > 1:
         raise DataError(f"has both {' and '.join(given)}; keep one")
     images = item[given[0]] if given else []
@@ -242,7 +241,7 @@ def image_paths(item: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, ..
 
 def identifier(item: Mapping[str, Any]) -> str:
     """The item's id as text, or empty."""
-    value = item.get("id", "")
+    value = "" if item.get("id") is None else item["id"]
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise DataError(f"id is a {type(value).__name__}; a string or an int is needed")
     return str(value)
@@ -263,8 +262,18 @@ def _messages(item: Mapping[str, Any]) -> tuple[Message, ...]:
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise DataError(f"messages[{index}] must be an object with role and content")
-        parsed.append(Message(message["role"], _text(message["content"])))
+        parsed.append(
+            make_message(message["role"], _text(message["content"]), f"messages[{index}]")
+        )
     return tuple(parsed)
+
+
+def make_message(role: Any, content: Any, where: str) -> Message:
+    """A message; errors say where it stands."""
+    try:
+        return Message(role, content)
+    except (DataError, TypeError) as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def _text(content: Any) -> Any:
@@ -294,7 +303,7 @@ def _question_and_answer(item: Mapping[str, Any], num_images: int) -> tuple[Mess
 
 
 def _meta(item: Mapping[str, Any], known: set[str]) -> dict[str, object]:
-    meta = item.get("meta", {})
+    meta = {} if item.get("meta") is None else item["meta"]
     if not isinstance(meta, dict):
         raise DataError(f"meta is a {type(meta).__name__}; a JSON object is needed")
     extra = {key: value for key, value in item.items() if key not in known}

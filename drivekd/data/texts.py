@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
@@ -27,9 +28,26 @@ _SPECIAL = re.compile(
     r"|\[/?INST\]",
     re.IGNORECASE,
 )
+# What is meant as a tag but is written otherwise: another bracket or letter, or HTML's escapes.
+_ALMOST_TAG = re.compile(
+    rf"(?:[<\uff1c\u2039]|&lt;)\s*[cC\u0441\u0421\uff43]\d*\s*[,;\uff0c][^<>]{{0,40}}"
+    rf"|CAM_\w+\s*[,;\uff0c]\s*{_NUMBER}\s*[,;\uff0c]\s*{_NUMBER}"
+)
+_CAMERAS = tuple(f"CAM_{n}{s}" for n in ("FRONT", "BACK") for s in ("", "_LEFT", "_RIGHT"))
+_CLOSE = 0.85  # similarity of two names of cameras that are one, misspelt
+# Zero-width and direction marks (not the joiners that scripts need), soft hyphens.
+_INVISIBLE = re.compile("[\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069\u00ad]")
+# UTF-8 that was read as Windows-1252, and HTML's escapes.
+_MISREAD = re.compile("\u00e2\u20ac|\u00c3[\u0080-\u00bf]|\u00ef\u00bb\u00bf")
+_ESCAPED = re.compile(r"&(?:amp|lt|gt|quot|nbsp|apos|#\d{1,5});")
+_TWO_SCRIPTS = re.compile("[A-Za-z][\u0400-\u04ff]|[\u0400-\u04ff][A-Za-z]")
 _GARBLED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")
 _OPTION = re.compile(r"(?<![\w.'<,-])([A-Z])[.):]\s+(?=\S)")
 _CHOICE = re.compile(r"\s*(?i:final\s*(?:answer)?\s*[:=]\s*)?[\s{(]*([A-Z])(?:[.):}]\s*|\s*$)(.*)")
+_SAID = re.compile(r"(?i:answer|option|choice)\s*(?i:is|:)?\s*[({]?([A-Za-z])[)}]?\.?\s*")
+_LOOKALIKE = re.compile(
+    r"\s*(?i:final\s*(?:answer)?\s*[:=]\s*)?[\s{(]*([\u0391-\u03a9\u0410-\u042f\uff21-\uff3a])(?:[.):}]|\s*$)"
+)
 _NOT_WORDS = re.compile(r"[\W_]+")
 
 
@@ -101,10 +119,26 @@ def _check_tokens(text: str, special_tokens: Collection[str]) -> Iterator[Findin
     if garbled := _GARBLED.search(text):
         start = max(0, garbled.start() - 20)
         yield "garbled_text", f"a character is not readable in {_excerpt(text[start:])}"
+    for pattern, what in (
+        (_INVISIBLE, "an invisible character stands"),
+        (_MISREAD, "UTF-8 was read as another encoding"),
+        (_ESCAPED, "HTML's escapes stand for characters"),
+        (_TWO_SCRIPTS, "Latin and Cyrillic letters that look alike stand in one word"),
+    ):
+        # An answer that holds nothing else is empty; that is said elsewhere.
+        if text.strip("\u200b\u2060\ufeff \n\t") and (found_at := pattern.search(text)):
+            around = text[max(0, found_at.start() - 20) : found_at.end() + 20]
+            yield "garbled_text", f"{what} in {around!a}"
 
 
 def _check_tags(text: str) -> Iterator[Finding]:
     places: dict[tuple[str, str, str], str] = {}
+    rest = _TAG.sub(" ", text)
+    for almost in _ALMOST_TAG.finditer(rest):
+        if not _TAG_START.match(almost.group()):  # those are looked at below
+            around = rest[max(0, almost.start() - 5) : almost.end() + 20]
+            if not _TAG_START.search(around):
+                yield "object_tag", f"{around!a} looks like an object tag <c1,CAMERA,x,y>"
     for start in _TAG_START.finditer(text):
         tag = _TAG.match(text, start.start())
         if tag is None:
@@ -112,6 +146,8 @@ def _check_tags(text: str) -> Iterator[Finding]:
             yield "object_tag", f"object tag {excerpt!r} is not of the form <c1,CAMERA,x,y>"
             continue
         name, camera, x, y = tag.groups()
+        if meant := _misspelt_camera(camera):
+            yield "object_tag", f"object tag {tag.group()}: did you mean the camera {meant}?"
         if not all(0.0 <= float(value) <= 1.0 for value in (x, y)):
             # A share of 1.5 is a slip, one of 800 is another unit.
             unit = "; these are pixels, divide by the image's size" if _is_pixel(x, y) else ""
@@ -125,6 +161,15 @@ def _check_tags(text: str) -> Iterator[Finding]:
                 "coordinate_shared",
                 f"objects {other} and {name} have one place, {tag.group()}",
             )
+
+
+def _misspelt_camera(name: str) -> str:
+    """The nuScenes camera that a name almost is; other names of cameras are others' own."""
+    if name in _CAMERAS:
+        return ""
+    upper = name.upper()
+    close = difflib.get_close_matches(upper, _CAMERAS, n=1, cutoff=_CLOSE)
+    return close[0] if close else ""
 
 
 def _is_pixel(x: str, y: str) -> bool:
@@ -146,15 +191,28 @@ def _check_options(record: Record) -> Iterator[Finding]:
         yield "options", "two options have the same words"
         return
     answer = next((m.content for m in record.messages if m.role == "assistant"), "")
+    if (lookalike := _LOOKALIKE.match(answer)) is not None:
+        name = unicodedata.name(lookalike[1]).lower()
+        yield "option_answer", f"the answer's letter is {name}, which no option has"
+        return
     choice = _CHOICE.match(answer.split("\n")[0])
     if choice is None:
+        said_last = _SAID.search(answer.rstrip()[-30:])
+        if said_last and said_last.end() == len(answer.rstrip()[-30:]):
+            letter = said_last[1].upper()
+            if letter not in words:
+                yield "option_answer", _no_such_option(letter, letters)
         return
     letter, said = choice[1], normalize_text(choice[2])
     if letter not in words:
-        yield "option_answer", f"the answer is {letter}, but the options are {', '.join(letters)}"
+        yield "option_answer", _no_such_option(letter, letters)
     elif said != words[letter] and said in words.values():
         other = next(name for name, text in words.items() if text == said)
         yield "option_answer", f"the answer is {letter}, but its words are those of option {other}"
+
+
+def _no_such_option(letter: str, letters: Sequence[str]) -> str:
+    return f"the answer is {letter}, but the options are {', '.join(letters)}"
 
 
 def _options(question: str) -> list[tuple[str, str]]:

@@ -32,7 +32,15 @@ tr.setting td { text-align: left; white-space: normal; }
   gap: 2rem 1.5rem; align-items: start; }
 figure { margin: 0; }
 img { width: 100%; height: auto; display: block; }
+.plots.wide { grid-template-columns: 1fr; }
 dt { font-weight: 600; } dd { margin: 0 0 .5rem; }
+@media (prefers-color-scheme: dark) {
+  :root { color-scheme: dark; }
+  body { background: #1b1b1b; color: #e4e4e4; }
+  .note, figcaption, tr.baseline, tr.blank, tr.teacher { color: #b4b4b4; }
+  tr.first > * { border-color: #555; }
+  img { border-radius: .3rem; } /* pictures keep their white paper */
+}
 """
 
 
@@ -59,8 +67,21 @@ def page(title: str, body: str, *, notes: Sequence[str] = ()) -> str:
     )
 
 
-def plot_section(plots: Sequence[Plot]) -> str:
-    """The plots with captions, pictures inlined."""
+def plot_section(
+    plots: Sequence[Plot],
+    *,
+    heading: str = "Plots",
+    notes: Sequence[str] = (),
+    wide: bool = False,
+) -> str:
+    """The plots with captions, pictures inlined.
+
+    Args:
+        plots: what is shown; nothing but heading and notes if empty.
+        heading: of the section, as text.
+        notes: what is said before the plots, as text.
+        wide: one plot a line.
+    """
     figures = []
     for plot in plots:
         data = base64.b64encode(plot.png).decode("ascii")
@@ -69,4 +90,6 @@ def plot_section(plots: Sequence[Plot]) -> str:
             f'<img alt="{html.escape(plot.alt)}" src="data:image/png;base64,{data}">\n'
             f"<figcaption>{html.escape(plot.caption)}</figcaption></figure>\n"
         )
-    return f'<section><h2>Plots</h2>\n<div class="plots">\n{"".join(figures)}</div></section>\n'
+    said = "".join(f'<p class="note">{html.escape(note)}</p>\n' for note in notes)
+    shown = f'<div class="plots{" wide" * wide}">\n{"".join(figures)}</div>' if figures else ""
+    return f"<section><h2>{html.escape(heading)}</h2>\n{said}{shown}</section>\n"

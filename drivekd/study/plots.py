@@ -50,6 +50,19 @@ class Plot:
     png: bytes
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Plots of which some may be missing.
+
+    Attributes:
+        plots: What could be drawn.
+        notes: What could not be, and why, as sentences.
+    """
+
+    plots: tuple[Plot, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 def make_plots(study: Study) -> list[Plot]:
     """Every plot that the study has data for, in the order of the report."""
     plots = [_accuracy_bars(study)]

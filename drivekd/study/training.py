@@ -20,7 +20,7 @@ from drivekd.study.lines import (
     use_log_scale,
 )
 from drivekd.study.page import page, plot_section
-from drivekd.study.plots import Plot
+from drivekd.study.plots import Drawn, Plot
 from drivekd.study.tables import NOT_MEASURED, Row, Table, to_html
 
 LOG = "log.jsonl"
@@ -30,7 +30,7 @@ _LAYER = re.compile(r"(.+)/layer_(\d+)")
 Rows = Sequence[Mapping[str, Any]]
 
 
-def write_training_report(run: Path) -> Path:
+def write_training_report(run: Path, *, overlays: Drawn | None = None) -> Path:
     """Draw the log of a training run.
 
     Writes `report.html` into the run's folder: self-contained, pictures inlined, no scripts. Works
@@ -38,6 +38,7 @@ def write_training_report(run: Path) -> Path:
 
     Args:
         run: folder with `log.jsonl`, the `training.output_dir` of a recipe.
+        overlays: attention overlays and what is to be said about them; None leaves them out.
 
     Returns:
         The path of `report.html`.
@@ -54,6 +55,8 @@ def write_training_report(run: Path) -> Path:
     plots.append(_speed(rows))
     note = f'<p class="note">Every number and curve here comes from {LOG} beside it.</p>\n'
     body = to_html(_summary(rows)) + plot_section(plots) + note
+    if overlays is not None:
+        body += plot_section(overlays.plots, heading="Attention", notes=overlays.notes, wide=True)
     path = run / REPORT
     path.write_text(page(f"Training run {run.resolve().name}", body), encoding="utf-8")
     return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from drivekd.study.verify import AGREES, DIFFERS, FLOOR, NOTHING, Check, verify
 from drivekd.train.encoders import build_encoder
 from drivekd.train.models import prepare_teachers
 from drivekd.train.recipe import Recipe
-from drivekd.train.run import check_tokenizer, load_student
+from drivekd.train.run import check_tokenizer, data_root, load_student
 
 _CONCLUSIONS = {
     AGREES: "The fused losses are as exact here as eager attention.",
@@ -47,7 +46,7 @@ def verify_recipe(recipe: Recipe, *, samples: int = 2, repeats: int = 3) -> list
     signals = [signal for signal in recipe.distill.signals if signal.kind == "attention"]
     if not signals:
         raise RecipeError("the recipe has no signal of kind 'attention'; there is nothing to check")
-    root = Path(recipe.data.train).parent if recipe.data.root is None else Path(recipe.data.root)
+    root = data_root(recipe)
     records = load_records(recipe.data.train)[:samples]
     if not records:
         raise DataError(f"{recipe.data.train} holds no records")

@@ -4,6 +4,7 @@ from drivekd.train.callbacks import JsonlLogger
 from drivekd.train.config import DistillConfig, ProjectionConfig, SignalConfig
 from drivekd.train.cost import LoadingCost, loading_cost
 from drivekd.train.logits import logit_distillation_loss
+from drivekd.train.mixin import DistillMixin
 from drivekd.train.models import load_model
 from drivekd.train.recipe import DataConfig, EncoderConfig, Recipe, load_recipe
 from drivekd.train.run import distill
@@ -13,6 +14,7 @@ from drivekd.train.trainer import DistillTrainer
 __all__ = [
     "DataConfig",
     "DistillConfig",
+    "DistillMixin",
     "DistillTrainer",
     "EncoderConfig",
     "JsonlLogger",

@@ -7,11 +7,14 @@ planning: capabilities are whatever names the signals and the question types of 
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, get_args
+
+from drivekd.reweighting import BalancedWeights, OnlineWeights, StaticWeights
 
 LayerSpec = int | str | tuple[int, ...]
 SignalKind = Literal["attention", "hidden", "logits"]
@@ -25,6 +28,7 @@ AnchorMultiplicity = Literal["official", "once"]
 ProjectionInterval = Literal["microbatch", "step"]
 
 ANCHOR = "ce"
+_WEIGHTINGS = {"balance": BalancedWeights, "static": StaticWeights, "online": OnlineWeights}
 _LOG_PREFIXES = ("cosine", "conflict")
 
 
@@ -225,6 +229,13 @@ class DistillConfig:
             raise ValueError(f"signals are named {list(self.names)}; every name may occur once")
         _check_choice("weighting", self.weighting, Weighting)
         _check_number("small_share_warning", self.small_share_warning)
+        options = list(inspect.signature(_WEIGHTINGS[self.weighting]).parameters)[1:]
+        for name in self.weighting_options:
+            if name not in options:
+                raise ValueError(
+                    f"weighting_options names {name!r}, which weighting {self.weighting!r} does "
+                    f"not have; {nearest(name, options)}"
+                )
         if not isinstance(self.projection, ProjectionConfig):
             raise TypeError(f"projection is {self.projection!r}, wanted a ProjectionConfig")
         for question_type, weights in (self.mixing or {}).items():
@@ -238,8 +249,8 @@ class DistillConfig:
         if self.mixing is not None:
             frozen = {key: MappingProxyType(dict(value)) for key, value in self.mixing.items()}
             object.__setattr__(self, "mixing", MappingProxyType(frozen))
-        options = MappingProxyType(dict(self.weighting_options))
-        object.__setattr__(self, "weighting_options", options)
+        frozen_options = MappingProxyType(dict(self.weighting_options))
+        object.__setattr__(self, "weighting_options", frozen_options)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from drivekd.errors import RecipeError
 from drivekd.train.config import DistillConfig, nearest
 from drivekd.train.recipe_tree import apply_override, kind_of, read_tree
+from drivekd.train.training_values import check_training_value
+from drivekd.train.tuning import LoraConfig
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -27,11 +29,14 @@ class DataConfig:
         train: File of training records.
         eval: File of records whose cross-entropy is measured during training; None for none.
         root: Folder that image paths start from; None is the training file's folder.
+        check: What is looked at before training: "full" decodes every image, "quick" looks for
+            their files only. A run that goes on with the records it has checked is quick.
     """
 
     train: str
     eval: str | None = None
     root: str | None = None
+    check: Literal["full", "quick"] = "full"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,10 @@ class Recipe:
         teachers: Checkpoints by name.
         encoder: How records become model inputs.
         distill: Signals and how they are mixed, weighted and joined; none is plain training.
+        freeze: Parts of the student that are not trained: "vision", "projector", "embeddings", or
+            pieces of parameter names (`drivekd.train.tuning.freeze`).
+        lora: Train low-rank adapters of the text decoder instead; None for none. They are merged
+            into the student that is saved.
         dtype: dtype of the student's weights.
         teacher_dtype: dtype of the teachers' weights; "auto" is as saved.
         teacher_device: Where teachers run, such as "cuda:1"; None is the student's device.
@@ -83,13 +92,15 @@ class Recipe:
     teachers: Mapping[str, str] = field(default_factory=dict)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    freeze: tuple[str, ...] = ()
+    lora: LoraConfig | None = None
     dtype: DtypeName = "float32"
     teacher_dtype: DtypeName = "auto"
     teacher_device: str | None = None
     attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
-        if "output_dir" not in self.training:
+        if not self.training.get("output_dir"):
             raise ValueError("training needs output_dir, where checkpoints and the log go")
         for signal in self.distill.signals:
             if signal.teacher not in self.teachers:
@@ -231,15 +242,18 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
 
 
 def _check_training(training: Mapping[str, Any]) -> None:
-    """Check keys and types against the fields of transformers.TrainingArguments."""
+    """Check keys, types and values against the fields of transformers.TrainingArguments."""
     from transformers import TrainingArguments
 
     fields = {each.name for each in dataclasses.fields(TrainingArguments) if each.init}
     hints = typing.get_type_hints(TrainingArguments)
     for key, value in training.items():
         if key not in fields:
-            raise RecipeError(f"unknown key training.{key}; {nearest(key, fields)}")
+            close = nearest(key, fields)
+            hint = close if close.startswith("did") else "see transformers.TrainingArguments"
+            raise RecipeError(f"unknown key training.{key}; {hint}")
         _convert(value, hints[key], f"training.{key}")
+        check_training_value(key, value, hints[key])
 
 
 def _label(entry: Any, index: int) -> str:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from transformers.integrations import is_tensorboard_available
 
 from drivekd.data import Collator, Record, check_records, load_records
 from drivekd.data.check import UNUSABLE_KINDS
-from drivekd.errors import DataError, RecipeError, TokenMismatchError
-from drivekd.train import checkpoints
+from drivekd.data.conversation import check_reserved
+from drivekd.data.encode import Encoder
+from drivekd.errors import CheckpointError, DataError, RecipeError, TokenMismatchError
+from drivekd.train import checkpoints, run_folder
 from drivekd.train.callbacks import JsonlLogger
 from drivekd.train.encoders import build_encoder
 from drivekd.train.models import load_model
 from drivekd.train.recipe import Recipe
+from drivekd.train.saving import what_to_do
 from drivekd.train.trainer import DistillTrainer
+from drivekd.train.tuning import add_adapters, freeze, has_adapters, merge_adapters
 
 _LOG = logging.getLogger(__name__)
 _PROBLEMS_SHOWN = 10
@@ -51,50 +58,136 @@ def distill(recipe: Recipe) -> Path:
         ValueError: A question type does not fit.
         OSError: A checkpoint or file does not exist.
     """
-    root = Path(recipe.data.train).parent if recipe.data.root is None else Path(recipe.data.root)
-    splits = _load_splits(recipe, root)
-    records = splits[recipe.data.train]
-    encoder, processing = build_encoder(recipe.encoder, recipe.student, root)
-    tokenizer = getattr(processing, "tokenizer", processing)
+    args = _training_arguments(recipe)
     used = {signal.teacher for signal in recipe.distill.active}
     teachers = {name: path for name, path in recipe.teachers.items() if name in used}
+    for role, path in {"student": recipe.student, **_named(teachers)}.items():
+        check_place(role, path)
+    root = data_root(recipe)
+    splits = _load_splits(recipe)
+    decode = recipe.data.check == "full" and not run_folder.has_checked(recipe, splits)
+    _check_splits(recipe, splits, root, decode=decode)
+    with _as_recipe_errors("encoder"):
+        encoder, processing = build_encoder(recipe.encoder, recipe.student, root)
+    _check_tokens(splits, encoder)
+    tokenizer = getattr(processing, "tokenizer", processing)
     for name, path in teachers.items():
         check_tokenizer(name, path, tokenizer)
-    settings = {"report_to": _report_to(), **recipe.training, "remove_unused_columns": False}
-    resume = settings.pop("resume_from_checkpoint", None)
-    args = transformers.TrainingArguments(**settings)
+    with run_folder.alone_in(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
+        checkpoint = run_folder.prepare(recipe, args, splits)
+        return _train(recipe, args, teachers, splits, encoder, processing, checkpoint)
+
+
+def _train(
+    recipe: Recipe,
+    args: transformers.TrainingArguments,
+    teachers: Mapping[str, str],
+    splits: Mapping[str, list[Record]],
+    encoder: Encoder,
+    processing: Any,
+    checkpoint: str | None,
+) -> Path:
+    """Train and save; see `distill`."""
+    tokenizer = getattr(processing, "tokenizer", processing)
+    records = splits[recipe.data.train]
     # Before the student is made, so that nothing random depends on what was loaded before it.
     transformers.set_seed(args.seed)
     student = load_student(recipe)
-    trainer = DistillTrainer(
-        student,
-        teachers,
-        recipe.distill,
-        question_types={record.question_type for record in records},
-        teacher_dtype=recipe.teacher_dtype,
-        teacher_device=recipe.teacher_device,
-        args=args,
-        data_collator=Collator(
-            encoder,
-            student.config,
-            pad_token_id=tokenizer.pad_token_id,
-            padding_side=recipe.encoder.padding_side,
-        ),
-        train_dataset=records,
-        eval_dataset=None if recipe.data.eval is None else splits[recipe.data.eval],
-        processing_class=processing,
-        callbacks=[JsonlLogger()],
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    folder = Path(args.output_dir) / "student"
-    staged = Path(args.output_dir) / checkpoints.STAGING / folder.name
-    trainer.save_model(str(staged))
-    trainer.accelerator.wait_for_everyone()
-    if trainer.args.should_save:
-        _copy_image_settings(Path(recipe.student), staged)
-        checkpoints.publish(staged, folder)
+    freeze(student, recipe.freeze)
+    if recipe.lora is not None:
+        student = add_adapters(student, recipe.lora)
+    with _as_recipe_errors("recipe"):
+        trainer = DistillTrainer(
+            student,
+            teachers,
+            recipe.distill,
+            question_types={record.question_type for record in records},
+            teacher_dtype=recipe.teacher_dtype,
+            teacher_device=recipe.teacher_device,
+            args=args,
+            data_collator=Collator(
+                encoder,
+                student.config,
+                pad_token_id=tokenizer.pad_token_id,
+                padding_side=recipe.encoder.padding_side,
+            ),
+            train_dataset=records,
+            eval_dataset=None if recipe.data.eval is None else splits[recipe.data.eval],
+            processing_class=processing,
+            callbacks=[JsonlLogger()],
+        )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    folder = _save_student(trainer, Path(recipe.student))
     trainer.accelerator.end_training()  # closes the process group under torchrun
     return folder
+
+
+def _save_student(trainer: DistillTrainer, start: Path) -> Path:
+    """Write the student aside and move it to its place once it is complete."""
+    run = Path(trainer.args.output_dir)
+    folder, staged = run / "student", run / checkpoints.STAGING / "student"
+    try:
+        if has_adapters(trainer.model):
+            _save_merged(trainer, staged)
+        else:
+            trainer.save_model(str(staged))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            _copy_image_settings(start, staged)
+            checkpoints.publish(staged, folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise CheckpointError(what_to_do(error, run, folder)) from error
+    return folder
+
+
+def _save_merged(trainer: DistillTrainer, folder: Path) -> None:
+    """The student with its adapters merged, which loads without PEFT; and its tokenizer."""
+    if trainer.args.should_save:
+        merge_adapters(trainer.accelerator.unwrap_model(trainer.model)).save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+
+
+def _training_arguments(recipe: Recipe) -> transformers.TrainingArguments:
+    settings = {"report_to": _report_to(), **recipe.training, "remove_unused_columns": False}
+    settings.pop("resume_from_checkpoint", None)
+    with _as_recipe_errors("training"):
+        return transformers.TrainingArguments(**settings)
+
+
+@contextmanager
+def _as_recipe_errors(what: str) -> Iterator[None]:
+    """What transformers and trainer say of settings that do not fit, as errors of the recipe."""
+    try:
+        yield
+    except (RecipeError, DataError, TokenMismatchError):
+        raise
+    except (ValueError, NotImplementedError) as error:
+        raise RecipeError(f"{what}: {error}") from error
+
+
+def _named(teachers: Mapping[str, str]) -> dict[str, str]:
+    return {f"teacher {name!r}": path for name, path in teachers.items()}
+
+
+def check_place(role: str, path: str) -> None:
+    """Raise unless a path that can only be a folder is one; hub names are looked up later.
+
+    Args:
+        role: Whose checkpoint it is, for the message.
+        path: Folder or hub name.
+
+    Raises:
+        RecipeError: There is no such folder.
+    """
+    is_path = Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
+    if is_path and not Path(path).is_dir():
+        raise RecipeError(f"{role}: {path} is not a folder of a saved model")
+
+
+def data_root(recipe: Recipe) -> Path:
+    """Folder that the image paths of a recipe's records start from."""
+    return Path(recipe.data.train).parent if recipe.data.root is None else Path(recipe.data.root)
 
 
 def load_student(recipe: Recipe) -> Any:
@@ -135,25 +228,49 @@ def check_tokenizer(name: str, path: str | Path, tokenizer: Any) -> None:
             )
 
 
-def _load_splits(recipe: Recipe, root: Path) -> dict[str, list[Record]]:
-    """Training and evaluation records, checked; faults that training survives are warnings."""
+def _load_splits(recipe: Recipe) -> dict[str, list[Record]]:
+    """Training and evaluation records by file."""
     files = [file for file in (recipe.data.train, recipe.data.eval) if file is not None]
     splits = {file: load_records(file) for file in files}
     for file, records in splits.items():
         if not records:
             raise DataError(f"{file} holds no records")
-    problems = check_records(splits, root, question_types=recipe.distill.mixing or None)
+    return splits
+
+
+def _check_splits(
+    recipe: Recipe, splits: Mapping[str, list[Record]], root: Path, *, decode: bool
+) -> None:
+    """Refuse records that cannot be used; faults that training survives are warnings."""
+    types = recipe.distill.mixing or None
+    problems = check_records(splits, root, question_types=types, decode=decode)
     for which, is_fatal in (("unusable", True), ("doubtful", False)):
         found = [problem for problem in problems if (problem.kind in UNUSABLE_KINDS) == is_fatal]
         if not found:
             continue
-        shown = "\n".join(f"  {problem}" for problem in found[:_PROBLEMS_SHOWN])
         count = len({(problem.split, problem.index) for problem in found})
-        text = f"{count} {which} records, of which the first are:\n{shown}"
+        text = _listed(count, which, found)
         if is_fatal:
             raise DataError(text)
         _LOG.warning("%s", text)
-    return splits
+
+
+def _check_tokens(splits: Mapping[str, list[Record]], encoder: Encoder) -> None:
+    """Refuse what the encoder would refuse of a record's text, hours later."""
+    reserved = getattr(encoder, "reserved_tokens", ())
+    faults = []
+    for record in (record for records in splits.values() for record in records):
+        try:
+            check_reserved(record, reserved)
+        except DataError as error:
+            faults.append(error)
+    if faults:
+        raise DataError(_listed(len(faults), "unusable", faults))
+
+
+def _listed(count: int, which: str, found: Sequence[object]) -> str:
+    shown = "\n".join(f"  {each}" for each in found[:_PROBLEMS_SHOWN])
+    return f"{count} {which} records, of which the first are:\n{shown}"
 
 
 def _report_to() -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from safetensors import SafetensorError
@@ -14,8 +15,31 @@ from transformers.trainer_utils import SaveStrategy
 from drivekd.errors import CheckpointError
 from drivekd.train import checkpoints
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
 
-class SurvivingTrainer(transformers.Trainer):  # type: ignore[misc]
+_LOG = logging.getLogger(__name__)
+
+
+class EndsExactly(_Trainer):  # type: ignore[misc]
+    """Before a Trainer: a checkpoint that has all of a run's steps is not trained any further."""
+
+    def _run_epoch(self, **settings: Any) -> None:
+        """An epoch; none where a checkpoint has all steps: Trainer would do one more."""
+        if self.state.global_step >= self.state.max_steps:
+            _LOG.warning(
+                "the checkpoint has %d of %d steps, there is nothing left to train",
+                self.state.global_step,
+                self.state.max_steps,
+            )
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**settings)
+
+
+class SurvivingTrainer(EndsExactly, transformers.Trainer):  # type: ignore[misc]
     """`transformers.Trainer` with `drivekd.train.checkpoints`.
 
     `train` takes "last" and "auto" for the checkpoint; a damaged one is refused. Every save logs a
@@ -83,7 +107,7 @@ class SurvivingTrainer(transformers.Trainer):  # type: ignore[misc]
                 checkpoints.publish(staged, final)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(staged, ignore_errors=True)
-            raise CheckpointError(_what_to_do(error, run, final)) from error
+            raise CheckpointError(what_to_do(error, run, final)) from error
         finally:
             self._staging = None
         if self.args.should_save:
@@ -101,33 +125,20 @@ class SurvivingTrainer(transformers.Trainer):  # type: ignore[misc]
         """Nothing: `_save_checkpoint` pushes what is in its place."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load weights through `from_pretrained`, which knows the names they are saved under.
-
-        Trainer's own loading takes the file's names as the module's; those of vision-language
-        models differ, and it then goes on with the start weights and a log line.
-        """
+        """Check a checkpoint and load its weights, see `load_weights`."""
         checkpoints.check(Path(resume_from_checkpoint))
         model = self.model if model is None else model
-        if not isinstance(model, transformers.PreTrainedModel) or _has_adapters(model):
+        if not can_load_weights(model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        saved, report = type(model).from_pretrained(
-            resume_from_checkpoint, dtype=model.dtype, output_loading_info=True
-        )
-        if report["missing_keys"] or report["unexpected_keys"]:
-            missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-            raise ValueError(
-                f"{resume_from_checkpoint} does not fit the student: it lacks {missing[:3]} and "
-                f"has {unexpected[:3]} beside"
-            )
-        model.load_state_dict(saved.state_dict())
+        load_weights(model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def _what_to_do(error: BaseException, run: Path, final: Path) -> str:
-    """The message for a checkpoint that could not be written."""
+def what_to_do(error: BaseException, run: Path, final: Path) -> str:
+    """The message for a checkpoint or student that could not be written."""
     last = checkpoints.newest_complete(run)
     free = shutil.disk_usage(run).free / 2**30 if run.is_dir() else 0.0
     kept = "no earlier checkpoint is there" if last is None else f"the last complete one is {last}"
@@ -138,5 +149,26 @@ def _what_to_do(error: BaseException, run: Path, final: Path) -> str:
     )
 
 
-def _has_adapters(model: nn.Module) -> bool:
-    return getattr(model, "peft_config", None) is not None
+def can_load_weights(model: nn.Module) -> bool:
+    """Whether `load_weights` takes a model: transformers' own, without adapters."""
+    has_adapters = getattr(model, "peft_config", None) is not None
+    return isinstance(model, transformers.PreTrainedModel) and not has_adapters
+
+
+def load_weights(model: Any, folder: str) -> None:
+    """Load weights through `from_pretrained`, which knows the names they are saved under.
+
+    Trainer's own loading takes the file's names as the module's; those of vision-language models
+    differ, and it then goes on with the start weights and a log line.
+
+    Raises:
+        ValueError: The weights do not fit the model.
+    """
+    saved, report = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    if report["missing_keys"] or report["unexpected_keys"]:
+        missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+        raise ValueError(
+            f"{folder} does not fit the student: it lacks {missing[:3]} and has {unexpected[:3]} "
+            "beside"
+        )
+    model.load_state_dict(saved.state_dict())

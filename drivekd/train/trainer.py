@@ -17,6 +17,7 @@ from drivekd.train.guards import TaskLoss, advise_on_memory, check_finite
 from drivekd.train.metrics import StepMetrics
 from drivekd.train.models import prepare_teachers
 from drivekd.train.saving import SurvivingTrainer
+from drivekd.train.scaling import micro_batch_factor
 from drivekd.train.signals import Signal, SignalPlan, StudentCapture
 from drivekd.train.speed import Speed
 
@@ -247,7 +248,7 @@ class DistillTrainer(SurvivingTrainer):
             loss, outputs = self.compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
-            cross_entropy: Tensor = loss * self._accumulation(num_items_in_batch)
+            cross_entropy: Tensor = loss * micro_batch_factor(self, num_items_in_batch)
         logits = outputs["logits"] if any(signal.loss is None for signal in signals) else None
         with self.accelerator.autocast():
             signal_losses = plan.losses(signals, inputs, teachers, capture.output(logits))
@@ -285,14 +286,6 @@ class DistillTrainer(SurvivingTrainer):
             return True  # they are outside DistributedDataParallel: the projector averages them
         every = 0 if self.args.logging_strategy == "no" else self.state.logging_steps
         return bool(every) and (self.state.global_step + 1) % int(every) == 0
-
-    def _accumulation(self, num_items_in_batch: Tensor | int | None) -> int:
-        """Factor from `compute_loss`'s cross-entropy to one of a micro-batch mean's size."""
-        if self.compute_loss_func is None and (
-            num_items_in_batch is None or not self.model_accepts_loss_kwargs
-        ):
-            return 1
-        return int(self.current_gradient_accumulation_steps)
 
     def _note(
         self, cross_entropy: Tensor, signals: Mapping[str, TaskLoss], inputs: Mapping[str, Any]

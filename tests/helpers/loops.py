@@ -1,11 +1,14 @@
 """Runs a loop of the README on a small student, in one process or in several."""
 
+from types import SimpleNamespace
+
 import torch
 import transformers
 from accelerate import Accelerator
 from torch import nn
 
 import drivekd
+import drivekd.train
 from tests.helpers.readme import loops
 
 ROWS = 8
@@ -37,8 +40,18 @@ def records():
     return [{"x": row} for row in torch.randn(ROWS, 5, dtype=torch.float64, generator=generator)]
 
 
+class PlainMixin(drivekd.train.DistillMixin):
+    """The mixin with a plain sum."""
+
+    def __init__(self, *arguments, **settings):
+        projector = Plain.GradientProjector(settings["model"])
+        super().__init__(*arguments, projector=projector, **settings)
+
+
 class Plain:
     """A namespace in which the projector is a plain sum."""
+
+    train = SimpleNamespace(DistillMixin=PlainMixin)
 
     @staticmethod
     def GradientProjector(parameters):  # noqa: N802

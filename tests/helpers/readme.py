@@ -17,7 +17,7 @@ class Loop:
 
 
 def loops():
-    """The loops in the order of the README: plain, Accelerate, transformers.Trainer."""
+    """The loops in the README's order: plain, Accelerate, Trainer with losses, with signals."""
     text = README.read_text(encoding="utf-8")
     found = []
     for block in re.findall(r"```diff\n(.*?)```", text, flags=re.DOTALL):
@@ -27,4 +27,4 @@ def loops():
             "\n".join(line[1:] for line in lines if line[:1] != other) for other in "+-"
         )
         found.append(Loop(before, after, sum(line.startswith("+") for line in lines)))
-    return dict(zip(("plain", "accelerate", "trainer"), found, strict=True))
+    return dict(zip(("plain", "accelerate", "trainer", "signals"), found, strict=True))

@@ -35,6 +35,22 @@ SIGNALS = (
 LOGITS = SignalConfig(name="words", teacher="a", kind="logits", weight=2.0)
 
 
+# TrainingArguments of a few plain steps in order.
+SETTINGS = {
+    "learning_rate": 0.05,
+    "lr_scheduler_type": "constant",
+    "optim": "sgd",
+    "max_grad_norm": 0.0,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "train_sampling_strategy": "sequential",
+    "dataloader_pin_memory": False,
+}
+
+
 NO_PROJECTION = ProjectionConfig(method="none")
 
 

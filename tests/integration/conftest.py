@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from drivekd.train import DistillTrainer
 from tests.helpers import toy_data, toy_models
 from tests.helpers.trainers import (
+    SETTINGS,
     TYPES,
     make_collator,
 )
@@ -44,20 +45,10 @@ def make(models, tmp_path):
         **changes,
     ):
         settings = {
+            **SETTINGS,
             "output_dir": str(tmp_path / "run"),
             "per_device_train_batch_size": 4,
             "max_steps": 2,
-            "learning_rate": 0.05,
-            "lr_scheduler_type": "constant",
-            "optim": "sgd",
-            "max_grad_norm": 0.0,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "train_sampling_strategy": "sequential",
-            "dataloader_pin_memory": False,
         }
         settings |= changes
         student = models["student"] if student is None else student

@@ -1,6 +1,7 @@
 """What the trainer saves, and going on from it."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,3 +71,20 @@ def test_teachers_are_frozen_and_never_saved(make, models, tmp_path):
     assert set(state) == {"projector", "reweighting", "helpers", "total_loss"}
     size = (tmp_path / "run" / "checkpoint-2" / "drivekd_state.pt").stat().st_size
     assert size < 50_000
+
+
+@pytest.mark.parametrize("steps", [3, 2])
+def test_run_whose_last_checkpoint_has_all_steps_is_not_trained_further(make, models, steps):
+    """Killed behind its last checkpoint, in the middle of an epoch; Trainer would do one more."""
+    config = DistillConfig(signals=SIGNALS)
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    whole = make(config, **settings)
+    whole.train()
+    wanted = weights_of(models["student"])
+    again = copy.deepcopy(models["student"])
+    resumed = make(config, student=again, **settings | {"max_steps": steps})
+    resumed.train(resume_from_checkpoint="auto")
+    assert resumed.state.global_step == 3
+    assert_same(weights_of(again), wanted)
+    folders = sorted(each.name for each in Path(whole.args.output_dir).glob("checkpoint-*"))
+    assert folders == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]

@@ -12,6 +12,7 @@ from drivekd.data import save_records
 from drivekd.errors import DataError, RecipeError, TokenMismatchError
 from drivekd.train import JsonlLogger, distill, load_model, load_recipe
 from tests.helpers import toy_data, toy_models
+from tests.helpers.runs import save_checkpoints
 
 TYPES = ("sort", "fold", "sort", "fold")
 
@@ -20,13 +21,7 @@ TYPES = ("sort", "fold", "sort", "fold")
 def checkpoints(tmp_path_factory):
     """A student and two deeper teachers with their tokenizer, as from_pretrained wants them."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    sizes = {"student": (2, 32, 1), "shallow": (3, 48, 2), "deep": (4, 32, 3)}
-    for name, (layers, hidden, seed) in sizes.items():
-        toy_models.internvl(layers=layers, hidden=hidden, seed=seed).save_pretrained(folder / name)
-        toy_data.tokenizer().save_pretrained(folder / name)
-    settings = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
-    (folder / "student" / "preprocessor_config.json").write_text(json.dumps(settings))
-    return folder
+    return save_checkpoints(folder)
 
 
 @pytest.fixture
@@ -80,7 +75,8 @@ def test_recipe_gives_a_student_that_loads_plainly(write, checkpoints, tmp_path)
     assert tokenizer.get_vocab() == toy_data.tokenizer().get_vocab()
     assert tokenizer.chat_template == toy_data.TEMPLATE
     # It can be the student of the next recipe, image settings included.
-    distill(write(f"student={folder}", "training.max_steps=1"))
+    other = f"training.output_dir={tmp_path / 'next'}"
+    distill(write(f"student={folder}", "training.max_steps=1", other))
 
 
 def test_log_holds_training_and_evaluation(write, tmp_path):

@@ -35,8 +35,11 @@ ALLOWED = {
         "demo", "train", "driving", "study", "data", "functional", "capture", "tokens", "errors",
     },
     "doctor": {"ops", "errors", "doctor"},
-    "cli": {"train", "driving", "study", "demo", "data", "doctor", "errors", "cli_data"},
+    "cli": {
+        "train", "driving", "study", "demo", "data", "doctor", "errors", "cli_data", "cli_report",
+    },
     "cli_data": {"data", "train", "errors"},
+    "cli_report": {"study", "cli_data", "errors"},
 }  # fmt: skip
 
 # Third-party packages that only these may import, and whether only inside functions.

@@ -214,6 +214,19 @@ def test_template_that_rewrites_earlier_turns_is_refused(root):
         make_encoder(root, FORGETFUL)(record)
 
 
+STRICT = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['content'] }}{% endfor %}"
+)
+
+
+def test_turns_that_a_template_refuses_are_an_error_of_their_record(root):
+    roles = ("user", "user", "assistant")
+    record = make_record("<image> look", "how many ?", "two", roles=roles)
+    with pytest.raises(DataError, match=r"'q7'.*refuses turns by user, user.*must alternate"):
+        make_encoder(root, STRICT)(record)
+
+
 def test_template_that_drops_the_image_is_refused(root):
     template = CHATML.replace("m['content'] }}", "m['content'] | replace('<image>', '') }}")
     with pytest.raises(DataError, match="has 0 image tokens, 1 images need 6"):
