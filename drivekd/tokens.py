@@ -100,11 +100,13 @@ class TokenLayout:
         Vision tokens are those whose id is the config's `image_token_id` (or `image_token_index`)
         or `video_token_id`; a batch without any is legal. `attention_mask`, where given, marks
         padding. Segments of packed rows are read from jumps of `position_ids`, as transformers
-        does: only where no `attention_mask` is given.
+        does: only where no `attention_mask` is given; or from `cu_seq_lens_q`, as its collator for
+        flattened rows makes them.
 
         Args:
-            batch: Model inputs: `input_ids` (B, N), and optionally `attention_mask` (B, N) and
-                `position_ids` (B, N), (1, N), or (4, B, N) with the text's in the first row.
+            batch: Model inputs: `input_ids` (B, N), and optionally `attention_mask` (B, N),
+                `position_ids` (B, N), (1, N), or (4, B, N) with the text's in the first row, and
+                `cu_seq_lens_q` (S + 1,), the ends of the sequences in one row.
             config: The model's config, or any object with these attributes (also on its
                 `text_config`); for InternVL's remote code the model itself, whose
                 `img_context_token_id` must be set.
@@ -142,6 +144,9 @@ class TokenLayout:
         valid = None if mask is None else _padding(mask, input_ids)
         positions = _entry(batch, "position_ids")
         segments = None if positions is None else _segments(positions, input_ids, valid)
+        lengths = _entry(batch, "cu_seq_lens_q")
+        if lengths is not None:
+            segments = _segments_of_lengths(lengths, input_ids, valid)
         return cls.from_masks(is_vision, valid=valid, segment_ids=segments)
 
     @property
@@ -298,3 +303,22 @@ def _segments(positions: Tensor, input_ids: Tensor, valid: Tensor | None) -> Ten
             "or build the layout with TokenLayout.from_masks"
         )
     return None
+
+
+def _segments_of_lengths(lengths: Tensor, input_ids: Tensor, valid: Tensor | None) -> Tensor:
+    """Numbers of the sequences of one row, from where each ends."""
+    if input_ids.shape[0] != 1 or (valid is not None and not bool(valid.all())):
+        raise NotImplementedError(
+            f"cu_seq_lens_q is given with {input_ids.shape[0]} rows"
+            f"{'' if valid is None else ' and an attention_mask'}; it tells the sequences of one "
+            "row without padding: build the layout with TokenLayout.from_masks"
+        )
+    ends = lengths.to(input_ids.device).long()
+    if ends.ndim != 1 or int(ends[0]) != 0 or int(ends[-1]) != input_ids.shape[1]:
+        raise ValueError(
+            f"cu_seq_lens_q is {ends.tolist()}; wanted 0, the end of each sequence, and last the "
+            f"{input_ids.shape[1]} tokens of input_ids"
+        )
+    starts = torch.zeros_like(input_ids)
+    starts[0, ends[1:-1]] = 1
+    return starts.cumsum(-1)

@@ -11,6 +11,7 @@ from types import TracebackType
 
 from torch import Tensor, nn
 
+from drivekd.capture import flash
 from drivekd.capture import registry as wrapping
 from drivekd.capture.calls import Gate, close_gate, open_gate
 from drivekd.capture.forward import ForwardWatch, LayerTap, open_watches
@@ -48,6 +49,7 @@ class AttentionCapture(CapturedAttention):
         self._gates: list[Gate] = []
         self._taps: list[LayerTap] = []
         self._entries: list[wrapping.Entry] = []
+        self._flash: list[flash.FlashImport] = []
 
     @property
     def input_ids(self) -> Tensor | None:
@@ -88,8 +90,11 @@ class AttentionCapture(CapturedAttention):
 
     def _install(self) -> None:
         modules = self._attention.values()
-        for name in sorted({wrapping.implementation(module) for module in modules}):
+        names = sorted({wrapping.implementation(module) for module in modules})
+        for name in names:
             self._entries.append(wrapping.install(self._registry, name))
+        if any(flash.is_flash(name) for name in names):
+            self._flash.append(flash.install())
         for module in modules:
             if wrapping.implementation(module) == wrapping.EAGER:
                 wrapping.eager_function(module)
@@ -115,7 +120,9 @@ class AttentionCapture(CapturedAttention):
             close_gate(gate, self._watch)
         for entry in self._entries:
             wrapping.release(self._registry, entry)
-        self._taps, self._gates, self._entries = [], [], []
+        for wrapped in self._flash:
+            flash.release(wrapped)
+        self._taps, self._gates, self._entries, self._flash = [], [], [], []
 
 
 def _attention_registry() -> wrapping.Registry:
@@ -178,9 +185,9 @@ def capture_attention(
             DataParallel, DeepSpeed, and `stop_after_last` under FSDP.
 
     Note:
-        Masks that reach the attention function are checked for entries above the diagonal, and
-        explicit `position_ids` for restarts when a cache or mask comes with them: each reads one
-        value back from the device. Neither happens without padding mask and `position_ids`.
+        Masks that reach the attention function are checked for entries above the diagonal, and for
+        keeping packed sequences apart where `position_ids` or `cu_seq_lens_q` are passed: each
+        reads one value back from the device. Neither happens without padding mask and positions.
 
     Example:
         >>> with torch.no_grad(), capture_attention(teacher, [0], stop_after_last=True) as captured:

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from drivekd.capture.calls import Call, StopForward
-from drivekd.capture.model import is_packed, sees_next_token
+from drivekd.capture.flash import is_flash
+from drivekd.capture.masks import (
+    crosses_starts,
+    sees_next_token,
+    sequence_starts,
+    starts_of_lengths,
+)
 from drivekd.capture.records import CapturedLayer
+from drivekd.capture.registry import implementation
 from drivekd.errors import CaptureError
 
 _UNSUPPORTED_OPTIONS = {
@@ -19,7 +26,7 @@ _UNSUPPORTED_OPTIONS = {
     "position_bias": "an additive position bias",
     "head_mask": "a head mask",
 }
-_ARGUMENTS = ("input_ids", "position_ids", "attention_mask")
+_ARGUMENTS = ("input_ids", "position_ids", "attention_mask", "cu_seq_lens_q")
 
 
 class ForwardWatch:
@@ -46,6 +53,7 @@ class ForwardWatch:
         self.position_ids: Any = None  # what the decoder itself was given
         self._grad_enabled = torch.is_grad_enabled()
         self._decoder_ran = False
+        self._caches = False
         self._checked_masks: list[Any] = []
 
     def enter(self, call: Call) -> None:
@@ -67,15 +75,7 @@ class ForwardWatch:
             )
         self._decoder_ran = True
         self.position_ids = call.argument("position_ids")
-        mask = self.arguments.get("attention_mask")
-        ignores_packing = mask is not None or _caches(call)
-        if ignores_packing and is_packed(self.arguments.get("position_ids"), mask):
-            cause = "use_cache" if mask is None else "attention_mask"
-            raise CaptureError(
-                f"position_ids pack several sequences into a row, but with {cause} transformers "
-                "ignores that silently and tokens attend across sequences; pass use_cache=False "
-                "and no attention_mask"
-            )
+        self._caches = _caches(call)
 
     def awaits(self, layer: int) -> bool:
         """Whether a forward is under way that has no record of the layer yet.
@@ -89,9 +89,16 @@ class ForwardWatch:
         """Whether the running forward is of no more use to this capture."""
         return self.stops and len(self.records) == len(self.layers)
 
-    def take(self, layer: int, record: CapturedLayer, training: bool, mask: Any) -> None:
+    def take(
+        self,
+        layer: int,
+        record: CapturedLayer,
+        attention: nn.Module,
+        mask: Any,
+        options: dict[str, Any],
+    ) -> None:
         """Check what only the running forward can tell, and keep the record."""
-        if self._grad_enabled and training and not torch.is_grad_enabled():
+        if self._grad_enabled and attention.training and not torch.is_grad_enabled():
             raise CaptureError(
                 f"layer {layer} runs without grad inside a forward with grad: reentrant gradient "
                 "checkpointing, whose queries and keys carry no graph; use "
@@ -106,7 +113,47 @@ class ForwardWatch:
                     "blocks or prefixes that attend in both directions); attention maps are "
                     "captured for causal attention only"
                 )
+            self._check_packing(record, mask, options, flash=is_flash(implementation(attention)))
         self.records[layer] = record
+
+    def _check_packing(
+        self, record: CapturedLayer, mask: Any, options: dict[str, Any], *, flash: bool
+    ) -> None:
+        """Packed sequences must stay apart in what the attention function is given."""
+        batch, _, num_tokens, _ = record.query.shape
+        given = self.arguments.get("attention_mask")
+        told = {
+            "position_ids": sequence_starts(self.arguments.get("position_ids"), given),
+            "cu_seq_lens_q": starts_of_lengths(
+                self.arguments.get("cu_seq_lens_q"), batch, num_tokens
+            ),
+        }
+        for name, starts in told.items():
+            if starts is None:
+                continue
+            if starts.shape[0] != batch:
+                starts = starts.expand(batch, -1)
+            if crosses_starts(starts, mask, options, is_flash=flash):
+                why, remedy = self._why_ignored(batch, given, flash=flash)
+                raise CaptureError(
+                    f"{name} pack several sequences into a row, but {why} transformers ignores "
+                    f"that silently and tokens attend across sequences; {remedy}"
+                )
+
+    def _why_ignored(self, batch: int, given: Any, *, flash: bool) -> tuple[str, str]:
+        plain = "pass use_cache=False and no attention_mask"
+        if given is not None:
+            return "with attention_mask", plain
+        if self._caches and not flash:
+            return "with use_cache", plain
+        if flash and batch > 1:
+            return "flash attention packs into one row only: with a batch of several", (
+                "give one packed row a batch, or use model.set_attn_implementation('sdpa')"
+            )
+        return "in the form that they have", (
+            "pass position_ids that start each sequence at 0, (B, N), or where positions have "
+            "several axes (Qwen-VL) (4, B, N) with the text's in the first row"
+        )
 
 
 class LayerTap:
@@ -127,7 +174,7 @@ class LayerTap:
             return False
         record = self._record(query, key, options)
         for watch in waiting:
-            watch.take(self._layer, record, self.attention.training, attention_mask)
+            watch.take(self._layer, record, self.attention, attention_mask, options)
         running = [w for w in open_watches if w.depth > 0 and w.decoder is waiting[0].decoder]
         if all(watch.may_stop for watch in running):
             raise StopForward(list(self._above))

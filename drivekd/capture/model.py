@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from drivekd.capture.registry import forward_code
@@ -216,44 +215,3 @@ def check_can_stop(model: nn.Module) -> None:
                 "post-forward hooks; leave out what lies behind the wanted layers with "
                 "drivekd.train.load_teacher or truncate_teacher, and do not stop the forward"
             )
-
-
-def is_packed(position_ids: Any, attention_mask: Any) -> bool:
-    """Whether positions restart inside a row, between tokens that are both valid.
-
-    Reads values back: one synchronisation on an accelerator.
-    """
-    if not isinstance(position_ids, torch.Tensor):
-        return False
-    if position_ids.ndim == 3:
-        # Multi-axis rotary positions repeat within an image; the text positions are row 0 of 4.
-        if position_ids.shape[0] != 4:
-            return False
-        position_ids = position_ids[0]
-    jumps = position_ids[..., 1:] != position_ids[..., :-1] + 1
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        valid = attention_mask.to(jumps.device).bool()
-        jumps = jumps & valid[:, 1:] & valid[:, :-1]
-    return bool(jumps.any())
-
-
-def sees_next_token(mask: Any, batch: int, num_tokens: int, device: torch.device) -> bool:
-    """Whether some token may attend to the token after it, as image blocks and prefixes may.
-
-    Looks at the diagonal above the main one only: O(B N), one synchronisation on an accelerator.
-    """
-    if num_tokens < 2:
-        return False
-    if isinstance(mask, torch.Tensor):
-        if mask.ndim != 4:
-            return False
-        above = mask.diagonal(offset=1, dim1=-2, dim2=-1)
-        if above.dtype != torch.bool:
-            above = above > torch.finfo(above.dtype).min / 2
-        return bool(above.any())
-    mask_mod = getattr(mask, "mask_mod", None)
-    if mask_mod is None:
-        return False
-    rows = torch.arange(num_tokens - 1, device=device)[None]
-    samples = torch.arange(batch, device=device)[:, None]
-    return bool(mask_mod(samples, torch.zeros_like(rows), rows, rows + 1).any())

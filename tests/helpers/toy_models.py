@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import nn
 
+from drivekd.tokens import TokenLayout
+
 VOCAB = 320
 IMAGE = 300
 VISION_START, VISION_END, VIDEO = 302, 303, 301
@@ -230,6 +232,13 @@ def llava_inputs(*, batch: int = 2, padding: str | None = None, seed: int = 0) -
     inputs["image_sizes"] = torch.tensor([[28, 28]] * batch)
     inputs["batch_num_images"] = torch.ones(batch, dtype=torch.int64)
     return _with_padding(inputs)
+
+
+def layout_of(inputs: Inputs) -> TokenLayout:
+    """Image tokens and padding of these inputs."""
+    return TokenLayout.from_masks(
+        inputs["input_ids"] == IMAGE, valid=inputs["attention_mask"].bool()
+    )
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,13 @@ from drivekd.errors import TokenMismatchError
 from drivekd.losses import AttentionMapLoss
 from drivekd.study.eager import eager_loss
 from drivekd.tokens import TokenLayout
-from tests.helpers.maps import assert_gradients_equal, assert_maps_equal
+from tests.helpers.maps import assert_gradients_equal, assert_maps_equal, gradients
 from tests.helpers.remote_code import TILE, InternVLChat
 from tests.helpers.toy_models import FAMILIES, IMAGE, IMAGE_TOKENS, VIDEO, image_inputs, internvl
 from tests.helpers.traces import traces
 
 PERCEPTION = AttentionMapLoss(student_layers=[0], teacher_layers=[0], region="text_to_vision")
 PLANNING = AttentionMapLoss(student_layers=[2], teacher_layers=[3], region="text_to_vision")
-
-
-def gradients(model, loss):
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {n: g for n, g in zip(named, found, strict=True) if g is not None}
 
 
 def captured_loss(student, teacher, inputs, tokens, settings=PLANNING):

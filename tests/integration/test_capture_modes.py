@@ -12,27 +12,17 @@ from drivekd.study.eager import eager_loss
 from drivekd.study.verify import AGREES, verify
 from drivekd.tokens import TokenLayout
 from drivekd.train.config import SignalConfig
+from tests.helpers.flash import flash_attention
 from tests.helpers.maps import (
     assert_gradients_equal,
     assert_maps_equal,
     eager_attentions,
+    gradients,
     head_mean_map,
 )
-from tests.helpers.toy_models import FAMILIES, IMAGE, VISION_END, VISION_START, qwen2
+from tests.helpers.toy_models import FAMILIES, IMAGE, VISION_END, VISION_START, layout_of, qwen2
 
 VISION_LANGUAGE = sorted(set(FAMILIES) - {"qwen2", "llama", "qwen3"})
-
-
-def layout_of(inputs):
-    return TokenLayout.from_masks(
-        inputs["input_ids"] == IMAGE, valid=inputs["attention_mask"].bool()
-    )
-
-
-def gradients(model, loss):
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {n: g for n, g in zip(named, found, strict=True) if g is not None}
 
 
 def fused_and_eager(family, prepare, padding="left"):
@@ -152,13 +142,19 @@ def test_offloaded_models_give_the_same_maps(family):
 PACKED = [9, 15]
 
 
+@pytest.fixture
+def flash():
+    with flash_attention():
+        yield
+
+
 def student_of(make):
     return make.model(layers=4, seed=1)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flash_attention_2"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_rows_are_their_sequences_one_by_one(family, implementation):
+def test_packed_rows_are_their_sequences_one_by_one(family, implementation, flash):
     """Maps, loss and gradients; the image lies in the second of the two sequences."""
     make = FAMILIES[family]
     inputs = make.inputs(batch=1)

@@ -13,7 +13,7 @@ import torch
 from drivekd.capture import capture_attention
 from drivekd.losses import AttentionMapLoss
 from drivekd.tokens import TokenLayout
-from tests.helpers.maps import assert_gradients_equal
+from tests.helpers.maps import assert_gradients_equal, gradients
 from tests.helpers.remote_code import TILE, InternVLChat
 from tests.helpers.toy_models import IMAGE, IMAGE_TOKENS, internvl
 
@@ -91,12 +91,6 @@ def ours(name, student_depth, teacher_depth):
     }[name]
     region = "full" if name == "reasoning" else "text_to_vision"
     return AttentionMapLoss(student_layers=layers[0], teacher_layers=layers[1], region=region)
-
-
-def gradients(model, loss):
-    named = dict(model.named_parameters())
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {n: g for n, g in zip(named, found, strict=True) if g is not None}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
