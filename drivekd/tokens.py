@@ -109,7 +109,7 @@ class TokenLayout:
                 `cu_seq_lens_q` (S + 1,), the ends of the sequences in one row.
             config: The model's config, or any object with these attributes (also on its
                 `text_config`); for InternVL's remote code the model itself, whose
-                `img_context_token_id` must be set.
+                `img_context_token_id` must be set; None for a model that reads text alone.
 
         Raises:
             TypeError: An entry is not a tensor of the wanted kind.
@@ -245,13 +245,32 @@ def _vision_token_ids(config: object) -> list[int]:
                     return [token_id]
         return []
 
+    if config is None:
+        return []
     images = first(_IMAGE_ID_NAMES)
-    if not images:
+    if images:
+        return images + first(_VIDEO_ID_NAMES)
+    kind = type(config).__name__
+    remote = "model.img_context_token_id = tokenizer.convert_tokens_to_ids('<IMG_CONTEXT>')"
+    if hasattr(config, "img_context_token_id"):
+        raise ValueError(f"img_context_token_id of config ({kind}) is not set: {remote}")
+    if hasattr(config, "llm_config"):
         raise ValueError(
-            f"config ({type(config).__name__}) has none of {', '.join(_IMAGE_ID_NAMES)}; build the "
-            "layout with TokenLayout.from_masks"
+            f"config ({kind}) is of InternVL's remote code and does not know its image token: hand "
+            f"in the model itself as config, after {remote}"
         )
-    return images + first(_VIDEO_ID_NAMES)
+    raise ValueError(
+        f"config ({kind}) has none of {', '.join(_IMAGE_ID_NAMES)}; hand in the whole model's "
+        "config, None for a model that reads text alone, or build the layout with "
+        "TokenLayout.from_masks"
+    )
+
+
+def reads_text_alone(config: object) -> bool:
+    """Whether a model's config speaks of neither image tokens nor a vision tower."""
+    names = (*_IMAGE_ID_NAMES, "vision_config", "vision_tower", "mm_vision_tower", "visual")
+    places = (config, getattr(config, "text_config", None))
+    return not any(getattr(place, name, None) is not None for place in places for name in names)
 
 
 def _padding(mask: Tensor, input_ids: Tensor) -> Tensor:

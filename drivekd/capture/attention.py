@@ -6,6 +6,7 @@ nothing else; the model stays on sdpa or flash attention and never makes a map.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -27,6 +28,8 @@ from drivekd.capture.model import (
 )
 from drivekd.capture.records import CapturedAttention
 from drivekd.errors import CaptureError
+
+_lock = threading.RLock()  # models, and with them gates and taps, may be shared between threads
 
 
 class AttentionCapture(CapturedAttention):
@@ -64,13 +67,16 @@ class AttentionCapture(CapturedAttention):
         return position_ids
 
     def __enter__(self) -> AttentionCapture:
-        if self._gates:
-            raise CaptureError("this capture is open already; make another with capture_attention")
-        try:
-            self._install()
-        except BaseException:
-            self._remove()
-            raise
+        with _lock:
+            if self._gates:
+                raise CaptureError(
+                    "this capture is open already; make another with capture_attention"
+                )
+            try:
+                self._install()
+            except BaseException:
+                self._remove()
+                raise
         return self
 
     def __exit__(
@@ -79,16 +85,18 @@ class AttentionCapture(CapturedAttention):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._remove()
+        with _lock:
+            self._remove()
         missing = [layer for layer in self.layers if layer not in self._records]
         if kind is None and missing:
             raise CaptureError(
                 f"layers {missing} of {self.num_layers} gave no record: call the model handed to "
-                "capture_attention (or its language model) inside the `with`, and do not change "
-                "its attention implementation there"
+                "capture_attention (or its language model) inside the `with`, in the thread that "
+                "opened it, and do not change its attention implementation there"
             )
 
     def _install(self) -> None:
+        self._watch.thread = threading.get_ident()
         modules = self._attention.values()
         names = sorted({wrapping.implementation(module) for module in modules})
         for name in names:
@@ -146,7 +154,8 @@ def capture_attention(
     The registry entry of the attention implementation that the model uses already (sdpa, eager,
     flex_attention, flash) is wrapped in place for as long as the `with` lasts; config, masks and
     the vision tower stay as they are. Leaving the `with` leaves no trace. Captures of several
-    models, or several of one, may be open at once and close in any order.
+    models, or several of one, may be open at once and close in any order. A capture follows the
+    forwards of the thread that opened it.
 
     A new forward replaces the records of the one before. Gradient checkpointing with
     `use_reentrant=False` works: recomputation does not replace a record.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +46,7 @@ class ForwardWatch:
         self.records = records
         self.stops = stops
         self.depth = 0
+        self.thread: int | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -78,11 +80,16 @@ class ForwardWatch:
         self._caches = _caches(call)
 
     def awaits(self, layer: int) -> bool:
-        """Whether a forward is under way that has no record of the layer yet.
+        """Whether a forward is under way here that has no record of the layer yet.
 
         False for the recomputation of a checkpointed layer, so that records stay as they are.
         """
-        return self.depth > 0 and layer in self.layers and layer not in self.records
+        return self.runs_here and layer in self.layers and layer not in self.records
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether a forward of its thread, which is this one, is under way."""
+        return self.depth > 0 and self.thread == threading.get_ident()
 
     @property
     def may_stop(self) -> bool:
@@ -162,30 +169,29 @@ class LayerTap:
     def __init__(self, attention: nn.Module, layer: int, above: list[nn.Module]) -> None:
         self.attention = attention
         self.watches: list[ForwardWatch] = []
-        self._noted: list[ForwardWatch] = []
+        self._noted: dict[int, list[ForwardWatch]] = {}  # by thread
         self._layer = layer
         self._above = above  # from the attention module up to, without, the decoder
 
     def see(self, query: Tensor, key: Tensor, attention_mask: Any, options: dict[str, Any]) -> bool:
         """Record one attention call, if any capture waits; ends the forward that nobody needs."""
         waiting = [watch for watch in self.watches if watch.awaits(self._layer)]
-        self._noted = waiting
+        self._noted[threading.get_ident()] = waiting
         if not waiting:
             return False
         record = self._record(query, key, options)
         for watch in waiting:
             watch.take(self._layer, record, self.attention, attention_mask, options)
-        running = [w for w in open_watches if w.depth > 0 and w.decoder is waiting[0].decoder]
+        running = [w for w in open_watches if w.runs_here and w.decoder is waiting[0].decoder]
         if all(watch.may_stop for watch in running):
             raise StopForward(list(self._above))
         return True
 
     def finish(self, lse: Tensor) -> None:
         """Complete the records of the call that was seen last."""
-        for watch in self._noted:
+        for watch in self._noted.pop(threading.get_ident(), []):
             record = watch.records[self._layer]
             watch.records[self._layer] = replace(record, lse=lse.detach())
-        self._noted = []
 
     def _record(self, query: Tensor, key: Tensor, options: dict[str, Any]) -> CapturedLayer:
         for option, meaning in _UNSUPPORTED_OPTIONS.items():

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from drivekd.capture import capture_attention
+from drivekd.capture.model import find_decoder, path_to
+from drivekd.errors import CaptureError
 from drivekd.losses import AttentionMapLoss
 from drivekd.study.eager import eager_loss, placed
-from drivekd.tokens import TokenLayout
+from drivekd.tokens import TokenLayout, reads_text_alone
 from drivekd.train.config import Region, SignalConfig
 from drivekd.train.models import check_same_vision
 from drivekd.train.signals import signal_loss
@@ -124,7 +126,8 @@ def verify(
         batch: Inputs of the models, on the student's device; other entries than tensors and the
             labels are left out.
         signals: What is compared; those of kind "logits" are left out. Default: the paper's three.
-        tokens: What each token is; None reads it from the batch and the student's config.
+        tokens: What each token is; None reads it from the batch and the student's config. For
+            InternVL's remote code `TokenLayout.from_batch(batch, student)`.
         autocast: dtype under which both ways run; None for none.
         repeats: How often each way is timed.
 
@@ -140,12 +143,14 @@ def verify(
     if not chosen:
         raise ValueError("signals holds none of kind 'attention'; there is nothing to compare")
     inputs = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
-    layout = TokenLayout.from_batch(inputs, student.config) if tokens is None else tokens
+    if tokens is None:
+        config = student.config
+        tokens = TokenLayout.from_batch(inputs, None if reads_text_alone(config) else config)
     checks = []
     for signal in chosen:
         teacher = teachers if isinstance(teachers, nn.Module) else teachers[signal.teacher]
         check_same_vision(signal.teacher, teacher, student)
-        checks.append(_check(signal, student, teacher, inputs, layout, autocast, repeats))
+        checks.append(_check(signal, student, teacher, inputs, tokens, autocast, repeats))
     return checks
 
 
@@ -270,10 +275,17 @@ def _autocast(place: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
         yield
 
 
-def _eager_copy(model: nn.Module) -> Any:
-    twin: Any = copy.deepcopy(model)
-    twin.set_attn_implementation("eager")
-    return twin
+def _eager_copy(model: nn.Module) -> nn.Module:
+    """A copy with eager attention, of its language model only where nothing more can switch."""
+    twin = copy.deepcopy(model)
+    for _, module in path_to(twin, find_decoder(twin)):
+        if callable(switch := getattr(module, "set_attn_implementation", None)):
+            switch("eager")
+            return twin
+    raise CaptureError(
+        f"{type(model).__name__} holds no transformers model, so that there is no eager attention "
+        "to compare with"
+    )
 
 
 def _gradients(

@@ -17,7 +17,7 @@ from drivekd.train import teachers as loading
 from drivekd.train.config import DistillConfig, SignalConfig
 from drivekd.train.models import prepare_teachers
 from drivekd.train.weights import Checkpoint
-from tests.helpers.remote_code import InternVLChat
+from tests.helpers.remote_code import InternVLChat, chat_inputs
 from tests.helpers.toy_models import FAMILIES, image_inputs, internvl, qwen2, text_inputs
 
 CPU = torch.device("cpu")
@@ -276,6 +276,7 @@ print(len(teacher.language_model.layers), teacher.config.name_or_path)
 def test_a_loaded_model_is_truncated_in_place(make):
     """Also InternVL's remote code, which load_teacher does not load."""
     inputs = text_inputs() if make is qwen2 else image_inputs(padding="left")
+    inputs = chat_inputs(padding="left") if make is InternVLChat else inputs
     whole, teacher = make(layers=5, seed=1), make(layers=5, seed=1)
     before = sum(p.numel() for p in teacher.parameters())
     assert truncate_teacher(teacher, ["first", -3]) is teacher
