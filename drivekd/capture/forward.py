@@ -56,6 +56,7 @@ class ForwardWatch:
         self._grad_enabled = torch.is_grad_enabled()
         self._decoder_ran = False
         self._caches = False
+        self._checked_weights = False
         self._checked_masks: list[Any] = []
 
     def enter(self, call: Call) -> None:
@@ -111,6 +112,15 @@ class ForwardWatch:
                 "checkpointing, whose queries and keys carry no graph; use "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
+        learns = record.query.requires_grad and not record.query.is_meta
+        if learns and not self._checked_weights:
+            self._checked_weights = True
+            if any(each.is_meta and each.requires_grad for each in self.decoder.parameters()):
+                raise CaptureError(
+                    f"layer {layer} runs with grad, but weights of the decoder are offloaded: "
+                    "accelerate brings copies in for each call, and their gradients would be lost; "
+                    "keep a student on its device, and run a teacher under torch.no_grad()"
+                )
         if not any(mask is checked for checked in self._checked_masks):
             self._checked_masks.append(mask)
             batch, _, num_tokens, _ = record.query.shape
