@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from drivekd.capture import capture_attention
+from drivekd.capture.model import find_decoder
 from drivekd.losses import AttentionMapLoss
 from drivekd.study.eager import eager_loss
-from tests.helpers.maps import gradients
+from tests.helpers.maps import assert_gradients_equal, gradients
 from tests.helpers.toy_models import FAMILIES, layout_of
 
 
@@ -60,3 +61,25 @@ def lora(model):
         if isinstance(module, torch.nn.Linear) and name.endswith(names) and "vis" not in name
     ]
     return get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+
+
+def captured_loss(student, teacher, inputs, tokens, settings):
+    """The fused loss of captured records; the teacher stops after its last layer."""
+    targets = capture_attention(teacher, settings.teacher_layers, stop_after_last=True)
+    with torch.no_grad(), targets:
+        assert teacher(**inputs, use_cache=False) is None
+    with capture_attention(student, settings.student_layers) as own:
+        student(**inputs, use_cache=False)
+    return settings(own, targets, tokens)
+
+
+def assert_like_eager(student, teacher, inputs, tokens, settings, *, more_than=20):
+    """Loss and gradients against maps of eager attention; leaves both models with it."""
+    loss = captured_loss(student, teacher, inputs, tokens, settings)
+    found = gradients(student, loss)
+    for model in (student, teacher):
+        find_decoder(model).set_attn_implementation("eager")
+    expected = eager_loss(student, teacher, inputs, tokens, settings)
+    assert expected > 1e-5
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert_gradients_equal(found, gradients(student, expected), more_than=more_than)

@@ -6,36 +6,13 @@ import torch
 from drivekd.capture import capture_attention
 from drivekd.errors import TokenMismatchError
 from drivekd.losses import AttentionMapLoss
-from drivekd.study.eager import eager_loss
 from drivekd.tokens import TokenLayout
-from tests.helpers.maps import assert_gradients_equal, gradients
+from tests.helpers.maps import gradients
+from tests.helpers.modes import assert_like_eager, captured_loss
 from tests.helpers.toy_models import FAMILIES, IMAGE, IMAGE_TOKENS, VIDEO, image_inputs, internvl
 
 PERCEPTION = AttentionMapLoss(student_layers=[0], teacher_layers=[0], region="text_to_vision")
 PLANNING = AttentionMapLoss(student_layers=[2], teacher_layers=[3], region="text_to_vision")
-
-
-def captured_loss(student, teacher, inputs, tokens, settings=PLANNING):
-    with (
-        torch.no_grad(),
-        capture_attention(teacher, settings.teacher_layers, stop_after_last=True) as targets,
-    ):
-        teacher(**inputs, use_cache=False)
-    with capture_attention(student, settings.student_layers) as own:
-        student(**inputs, use_cache=False)
-    return settings(own, targets, tokens)
-
-
-def assert_like_eager(student, teacher, inputs, tokens):
-    """Fused under sdpa against maps of eager attention, loss and gradients."""
-    loss = captured_loss(student, teacher, inputs, tokens)
-    found = gradients(student, loss)
-    for model in (student, teacher):
-        model.set_attn_implementation("eager")
-    expected = eager_loss(student, teacher, inputs, tokens, PLANNING)
-    assert expected > 1e-5
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    assert_gradients_equal(found, gradients(student, expected))
 
 
 # --- images --------------------------------------------------------------------------------------
@@ -68,7 +45,7 @@ def test_dynamic_tiles_and_several_views(padding):
     student, teacher = internvl(layers=4, seed=1), internvl(layers=5, seed=2).requires_grad_(False)
     tokens = TokenLayout.from_batch(inputs, student.config)
     assert tokens.is_vision.sum(1).tolist() == [16, 4]
-    assert_like_eager(student, teacher, inputs, tokens)
+    assert_like_eager(student, teacher, inputs, tokens, PLANNING)
 
 
 def test_qwen_images_of_different_size_and_a_video():
@@ -92,7 +69,7 @@ def test_qwen_images_of_different_size_and_a_video():
     student, teacher = make.model(layers=4, seed=1), make.model(layers=5, seed=2)
     tokens = TokenLayout.from_batch(inputs, student.config)
     assert tokens.is_vision.sum(1).tolist() == [10, 4]
-    assert_like_eager(student, teacher.requires_grad_(False), inputs, tokens)
+    assert_like_eager(student, teacher.requires_grad_(False), inputs, tokens, PLANNING)
 
 
 @pytest.mark.parametrize("family", ["internvl", "qwen2_5_vl", "qwen3_vl", "llava_onevision"])
@@ -106,7 +83,7 @@ def test_a_batch_without_image_teaches_nothing_about_images(family):
     }
     student, teacher = make.model(layers=4, seed=1), make.model(layers=5, seed=2)
     tokens = TokenLayout.from_batch(inputs, student.config)
-    loss = captured_loss(student, teacher.requires_grad_(False), inputs, tokens)
+    loss = captured_loss(student, teacher.requires_grad_(False), inputs, tokens, PLANNING)
     assert loss.item() == 0.0
     assert not any(bool(grad.any()) for grad in gradients(student, loss).values())
 
@@ -118,9 +95,9 @@ def test_a_sample_without_image_is_left_out_of_the_mean():
     ids[1] = torch.where(ids[1] == IMAGE, 7, ids[1])
     inputs["pixel_values"] = inputs["pixel_values"][:1]
     tokens = TokenLayout.from_batch(inputs, student.config)
-    both = captured_loss(student, teacher, inputs, tokens)
+    both = captured_loss(student, teacher, inputs, tokens, PLANNING)
     alone = {k: v[:1] for k, v in inputs.items()}
-    first = captured_loss(student, teacher, alone, tokens.select([0]))
+    first = captured_loss(student, teacher, alone, tokens.select([0]), PLANNING)
     torch.testing.assert_close(both, first, rtol=1e-5, atol=0)
 
 
@@ -132,7 +109,7 @@ def test_an_image_token_inside_the_answer_is_vision_and_asks_nothing():
     inputs["pixel_values"] = torch.cat([inputs["pixel_values"], torch.randn(1, 3, 56, 56)])
     tokens = TokenLayout.from_batch(inputs, student.config)
     assert tokens.is_vision[0, 18:22].all() and not tokens.is_text[0, 18:22].any()
-    assert_like_eager(student, teacher, inputs, tokens)
+    assert_like_eager(student, teacher, inputs, tokens, PLANNING)
 
 
 # --- mismatches ----------------------------------------------------------------------------------

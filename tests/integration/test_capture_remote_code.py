@@ -7,39 +7,16 @@ from drivekd.capture import capture_attention
 from drivekd.capture.model import find_decoder
 from drivekd.data import Collator
 from drivekd.losses import AttentionMapLoss
-from drivekd.study.eager import eager_loss
 from drivekd.study.verify import AGREES, verify
 from drivekd.tokens import TokenLayout
 from drivekd.train import truncate_teacher
-from tests.helpers.maps import assert_gradients_equal, assert_maps_equal, gradients
+from tests.helpers.maps import assert_maps_equal, gradients
+from tests.helpers.modes import assert_like_eager, captured_loss
 from tests.helpers.remote_code import TILE, InternVLChat, chat_inputs
 from tests.helpers.toy_models import IMAGE, IMAGE_TOKENS, qwen2
 from tests.helpers.traces import traces
 
-PERCEPTION = AttentionMapLoss(student_layers=[0], teacher_layers=[0], region="text_to_vision")
 PLANNING = AttentionMapLoss(student_layers=[2], teacher_layers=[3], region="text_to_vision")
-
-
-def captured_loss(student, teacher, inputs, tokens, settings=PLANNING):
-    with (
-        torch.no_grad(),
-        capture_attention(teacher, settings.teacher_layers, stop_after_last=True) as targets,
-    ):
-        assert teacher(**inputs, use_cache=False) is None
-    with capture_attention(student, settings.student_layers) as own:
-        output = student(**inputs, use_cache=False)
-    return settings(own, targets, tokens), output
-
-
-def assert_like_eager(student, teacher, inputs, tokens, *, more_than=20):
-    loss, _ = captured_loss(student, teacher, inputs, tokens)
-    found = gradients(student, loss)
-    for model in (student, teacher):
-        model.language_model.set_attn_implementation("eager")
-    expected = eager_loss(student, teacher, inputs, tokens, PLANNING)
-    assert expected > 1e-5
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    assert_gradients_equal(found, gradients(student, expected), more_than=more_than)
 
 
 @pytest.fixture
@@ -91,9 +68,8 @@ def test_dynamic_tiles_train_projector_and_vision_tower(select_layer):
     inputs["image_flags"] = torch.ones(4, 1, dtype=torch.int64)
     tokens = TokenLayout.from_batch(inputs, student)
     assert tokens.is_vision.sum(1).tolist() == [12, 4]
-    assert_like_eager(student, teacher, inputs, tokens)
-    loss, _ = captured_loss(student, teacher, inputs, tokens)
-    found = gradients(student, loss)
+    assert_like_eager(student, teacher, inputs, tokens, PLANNING)
+    found = gradients(student, captured_loss(student, teacher, inputs, tokens, PLANNING))
     assert {"mlp1.1.weight", "vision_model.embeddings.patch_embedding.weight"} <= found.keys()
     assert any(n.startswith("vision_model.encoder.layers.1.") for n in found) == (
         select_layer == -1
@@ -108,9 +84,9 @@ def test_a_batch_without_image_has_a_stand_in_tile_and_teaches_nothing_about_ima
     inputs["image_flags"].zero_()
     tokens = TokenLayout.from_batch(inputs, student)
     assert not tokens.is_vision.any()
-    loss, output = captured_loss(student, teacher, inputs, tokens)
+    loss = captured_loss(student, teacher, inputs, tokens, PLANNING)
     assert loss.item() == 0.0
-    found = gradients(student, loss + output.logits.square().mean())
+    found = gradients(student, loss + student(**inputs).logits.square().mean())
     assert all(bool(grad.isfinite().all()) for grad in found.values())
 
 
@@ -124,9 +100,8 @@ def test_lora_inside_of_the_container(pair):
     )
     student.language_model = get_peft_model(student.language_model, config)
     inputs = chat_inputs(padding="right")
-    assert_like_eager(
-        student, teacher, inputs, TokenLayout.from_batch(inputs, student), more_than=15
-    )
+    tokens = TokenLayout.from_batch(inputs, student)
+    assert_like_eager(student, teacher, inputs, tokens, PLANNING, more_than=15)
 
 
 def test_checkpointing_and_cross_entropy_and_then_answers(pair):
@@ -139,8 +114,10 @@ def test_checkpointing_and_cross_entropy_and_then_answers(pair):
         if checkpointing:
             student.language_model.gradient_checkpointing_enable({"use_reentrant": False})
             student.train()
-        loss, output = captured_loss(student, teacher, inputs | {"labels": labels}, tokens)
-        results.append(gradients(student, output.loss + loss))
+        loss = captured_loss(student, teacher, inputs, tokens, PLANNING)
+        with capture_attention(student, [1]) as captured:
+            output = student(**inputs, labels=labels)
+        results.append(gradients(student, output.loss + loss + captured[1].query.square().mean()))
     for name, grad in results[0].items():
         assert torch.equal(results[1][name], grad), name
     prompt = {"pixel_values": inputs["pixel_values"], "input_ids": inputs["input_ids"]}
