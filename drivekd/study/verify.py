@@ -77,7 +77,7 @@ class Check:
         peak_bytes_eager: The same the eager way.
         verdict: "agrees", "differs", or "nothing to learn" where both ways find that student and
             teacher have the same maps, or that no cell counts (a batch without image).
-        reasons: What differs; empty when it agrees.
+        reasons: What differs, or why there is nothing to learn; empty when it agrees.
     """
 
     signal: str
@@ -228,7 +228,7 @@ def _check(
         if names:
             reasons.append(f"{len(names)} gradients exist the {way} way only, such as {names[0]}")
     if is_nothing:
-        reasons = []
+        reasons = ["both ways: " + _why_nothing(settings, tokens, max(abs(loss), abs(loss_exact)))]
     verdict = NOTHING if is_nothing else DIFFERS if reasons else AGREES
     return Check(
         signal=signal.name,
@@ -254,6 +254,16 @@ def _check(
         verdict=verdict,
         reasons=tuple(reasons),
     )
+
+
+def _why_nothing(settings: AttentionMapLoss, tokens: TokenLayout, loss: float) -> str:
+    if settings.region == "text_to_vision":
+        has_cells = tokens.is_vision.any(1) & tokens.is_text.any(1)
+        if not bool(has_cells.any()):
+            return "no sample of the batch has text and image tokens"
+    if loss == 0.0:
+        return "no cell of the batch counts, or student and teacher have the very same maps"
+    return "student and teacher have the same maps but for rounding"
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from drivekd.train.callbacks import JsonlLogger
 from drivekd.train.encoders import build_encoder
 from drivekd.train.models import load_model
 from drivekd.train.recipe import Recipe
+from drivekd.train.teachers import read_config
 from drivekd.train.trainer import DistillTrainer
 
 _LOG = logging.getLogger(__name__)
@@ -122,10 +123,15 @@ def check_tokenizer(name: str, path: str | Path, tokenizer: Any) -> None:
 
     Raises:
         TokenMismatchError: A token has different ids, or the teacher lacks it.
+        RecipeError: The checkpoint is remote code.
     """
     local = Path(path)
     if local.is_dir() and not any(local.glob("tokenizer*")) and not (local / "vocab.json").exists():
         return
+    try:
+        read_config(path)  # before transformers asks on the terminal whether to run remote code
+    except ValueError as error:
+        raise RecipeError(f"teacher {name!r}: {error}") from error
     theirs = transformers.AutoTokenizer.from_pretrained(path).get_vocab()
     for token, index in tokenizer.get_vocab().items():
         if theirs.get(token) != index:

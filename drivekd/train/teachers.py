@@ -81,9 +81,10 @@ def load_teacher(
             dtype=dtype,
             attn_implementation=attn_implementation,
             device_map=None if torch.device(device).type == "cpu" else {"": device},
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-        _check_complete(path, model_class, report)
+        check_complete(path, model_class, report)
         return model.eval().requires_grad_(False)
     with checkpoint:
         model = from_checkpoint(
@@ -122,9 +123,10 @@ def from_checkpoint(
             dtype=dtype,
             attn_implementation=attn_implementation,
             device_map=None if torch.device(device).type == "cpu" else {"": device},
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    _check_complete(checkpoint.path, model_class, report)
+    check_complete(checkpoint.path, model_class, report)
     model.config.name_or_path = checkpoint.path
     return model
 
@@ -146,11 +148,28 @@ def _state_dict(model_class: Any, checkpoint: Checkpoint, config: Any) -> dict[s
     return tensors
 
 
-def _check_complete(path: str | Path, model_class: Any, report: dict[str, Any]) -> None:
+def check_complete(path: str | Path, model_class: Any, report: dict[str, Any]) -> None:
+    """Raise unless all weights were there, in the shapes that the config wants.
+
+    Args:
+        path: The checkpoint, for the message.
+        model_class: What was loaded.
+        report: The loading info of `from_pretrained(..., ignore_mismatched_sizes=True)`.
+
+    Raises:
+        ValueError: A weight would stay at its random start.
+    """
     if report["missing_keys"]:
         raise ValueError(
             f"{path} lacks the weights {sorted(report['missing_keys'])[:5]} of "
             f"{model_class.__name__}"
+        )
+    if report["mismatched_keys"]:
+        name, saved, wanted = sorted(report["mismatched_keys"])[0]
+        raise ValueError(
+            f"{path} does not fit its config: {name} is saved with shape {tuple(saved)}, "
+            f"{model_class.__name__} with this config has {tuple(wanted)} "
+            f"({len(report['mismatched_keys'])} such weights)"
         )
 
 
@@ -228,10 +247,10 @@ def read_config(
     raw, _ = transformers.PreTrainedConfig.get_config_dict(path, **options)
     if "auto_map" in raw and raw.get("model_type") not in transformers.CONFIG_MAPPING:
         raise ValueError(
-            f"{path} is remote code ({raw.get('model_type')}), which is not loaded in parts; take "
-            "the checkpoint in transformers' own format (for InternVL3 the one whose name ends in "
-            "-hf), or load the model yourself and hand it in: capture stops it after the last "
-            "layer that is needed"
+            f"{path} is remote code ({raw.get('model_type')}), which is not loaded here; take the "
+            "checkpoint in transformers' own format (for InternVL3 the one whose name ends in "
+            "-hf). In a loop of your own, load the model yourself: drivekd.capture_attention takes "
+            "it and stops it early, drivekd.train.truncate_teacher cuts a teacher down"
         )
     return transformers.AutoConfig.from_pretrained(path, **options)
 

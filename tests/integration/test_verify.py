@@ -85,6 +85,34 @@ def test_sliding_windows(loss):
     assert check.verdict == AGREES, check.reasons
 
 
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])
+def test_models_of_text_alone_need_no_layout(family):
+    checks = verify(*pair(family), repeats=1)
+    assert [check.verdict for check in checks] == [NOTHING, AGREES, NOTHING]
+
+
+@pytest.mark.parametrize("family", ["internvl", "qwen3_vl"])
+def test_packed_rows(family):
+    """Three sequences in a row, an image in the last; eager attention keeps them apart too."""
+    student, teacher, batch = pair(family)
+    batch = {k: v[:1] if k in ("input_ids", "mm_token_type_ids") else v for k, v in batch.items()}
+    batch.pop("attention_mask")
+    pixels = batch["pixel_values"]
+    batch["pixel_values"] = pixels[: len(pixels) // 2]
+    if "image_grid_thw" in batch:
+        batch["image_grid_thw"] = batch["image_grid_thw"][:1]
+    batch["position_ids"] = torch.cat([torch.arange(n) for n in (2, 3, 19)])[None]
+    if family == "qwen3_vl":
+        batch["position_ids"] = batch["position_ids"].expand(4, 1, -1)
+    checks = verify(student, teacher, batch, repeats=1)
+    assert [check.verdict for check in checks] == [AGREES] * 3, [c.reasons for c in checks]
+    segments = TokenLayout.from_batch(batch, student.config).segment_ids
+    assert segments.unique(return_counts=True)[1].tolist() == [2, 3, 19]
+    whole = TokenLayout.from_masks(batch["input_ids"] == IMAGE)  # a layout that forgets them
+    (check,) = verify(student, teacher, batch, [signal()], tokens=whole, repeats=1)
+    assert check.verdict == DIFFERS
+
+
 def test_models_are_left_as_they_were():
     student, teacher, batch = pair("internvl")
     student.train()
@@ -170,6 +198,7 @@ def test_a_batch_without_image_has_nothing_for_signals_on_images():
     checks = verify(student, teacher, batch, repeats=1)
     assert [check.verdict for check in checks] == [NOTHING, AGREES, NOTHING]
     assert (checks[0].loss, checks[0].loss_eager) == (0.0, 0.0)
+    assert checks[0].reasons == ("both ways: no sample of the batch has text and image tokens",)
 
 
 @pytest.mark.parametrize("loss", ["mse", "cosine", "kl"])
@@ -177,6 +206,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(loss, monkeypatch):
     student, teacher, batch = internvl(), internvl(), pair("internvl")[2]
     (check,) = verify(student, teacher, batch, [signal(loss=loss)], repeats=1)
     assert check.verdict == NOTHING
+    assert "student and teacher have the" in check.reasons[0]
     broken(monkeypatch, lambda whole, *a, **k: whole(*a, **k) + 1e-3)
     (check,) = verify(student, teacher, batch, [signal(loss=loss)], repeats=1)
     assert check.verdict == DIFFERS
@@ -279,3 +309,41 @@ def test_command_names_a_layer_that_no_teacher_has_in_one_line(recipe, capsys):
     assert main(["verify", str(recipe), "distill.signals.sort.teacher_layers=9"]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert "teacher 'big': layer 9 does not exist in a model of 4 decoder layers" in err
+
+
+REMOTE = {
+    "model_type": "internvl_chat",
+    "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
+}
+
+
+@pytest.mark.parametrize("command", ["verify", "distill"])
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_commands_refuse_remote_code_with_the_remedy(recipe, tmp_path, capsys, command, who):
+    (tmp_path / who / "config.json").write_text(json.dumps(REMOTE))
+    assert main([command, str(recipe)]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " + ("student" if who == "student" else "teacher 'big'") in err
+    assert "take the checkpoint in transformers' own format" in err and "truncate_teacher" in err
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_command_names_weights_that_do_not_fit_their_config(recipe, tmp_path, capsys, who):
+    file = tmp_path / who / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"]["intermediate_size"] = 80
+    file.write_text(json.dumps(config))
+    assert main(["verify", str(recipe)]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "does not fit its config: " in err and "is saved with shape (64, 96)" in err
+
+
+def test_command_on_a_teacher_that_tokenises_differently(recipe, tmp_path, capsys):
+    file = tmp_path / "teacher" / "tokenizer.json"
+    text = file.read_text()
+    file.write_text(
+        text.replace('"w51"', '"w-"').replace('"w52"', '"w51"').replace('"w-"', '"w52"')
+    )
+    assert main(["verify", str(recipe)]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "teacher 'big'" in err and "gives the token 'w51' the id 52, the student 51" in err
