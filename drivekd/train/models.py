@@ -105,6 +105,7 @@ def prepare_teachers(
                 ]
                 layers = [needs[role] for role in roles]
                 loaded[place] = _load(name, teacher, layers, device, dtype)
+                share_equal_weights(loaded.values())  # before the next one takes memory
             teacher = loaded[place]
         if not isinstance(teacher, nn.Module):
             raise TypeError(
@@ -169,9 +170,17 @@ def check_same_vision(name: str, teacher: nn.Module, student: nn.Module) -> None
     Raises:
         TokenMismatchError: A setting that decides over tokens differs; names it and both values.
     """
-    configs = [getattr(model, "config", None) for model in (student, teacher)]
+    check_same_vision_configs(*(getattr(m, "config", None) for m in (teacher, student)), name=name)
+
+
+def check_same_vision_configs(teacher: Any, student: Any, *, name: str) -> None:
+    """`check_same_vision` on the configs alone, before anything is loaded.
+
+    Raises:
+        TokenMismatchError: As `check_same_vision`.
+    """
     for setting in _VISION_SETTINGS:
-        own, other = (_setting(config, setting) for config in configs)
+        own, other = (_setting(config, setting) for config in (student, teacher))
         if own != other:
             raise TokenMismatchError(
                 f"teacher {name!r} has {setting} {other} but the student {own}; both must see the "

@@ -223,13 +223,17 @@ def share_equal_weights(models: Iterable[nn.Module]) -> int:
                 continue
             key = (name, parameter.shape, parameter.dtype, parameter.device)
             candidates = kept.setdefault(key, [])
-            same = next((each for each in candidates if torch.equal(each, parameter)), None)
+            same = next((each for each in candidates if _is_equal(each, parameter)), None)
             if same is None:
                 candidates.append(parameter.data)
             elif same.data_ptr() != parameter.data_ptr():
                 freed += parameter.numel() * parameter.element_size()
                 parameter.data = same
     return freed
+
+
+def _is_equal(first: Tensor, second: Tensor) -> bool:
+    return first.data_ptr() == second.data_ptr() or torch.equal(first, second)
 
 
 def read_config(

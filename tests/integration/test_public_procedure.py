@@ -126,6 +126,52 @@ def test_losses_and_gradients_are_those_of_the_public_procedure(name, depths, si
     assert_gradients_equal(gradients(student, loss), gradients_expected)
 
 
+def live_cells(student, teacher, is_image):
+    """Causally dead cells left out of the denominator."""
+    count = len(is_image)
+    cells = ((~is_image)[:, None] & is_image[None, :]).sum()
+    live = ((~is_image)[:, None] & is_image[None, :] & torch.ones(count, count).tril().bool()).sum()
+    return planning(student, teacher, is_image) * cells / live
+
+
+def last_layer_too(student, teacher, is_image):
+    """As if -2 were not the last of the range."""
+    return reasoning([*student, student[-1]], [*teacher, teacher[-1]], is_image)
+
+
+def first_against_first(student, teacher, is_image):
+    """Pairs instead of groups."""
+    k = len(student) - 1
+    errors = [(student[i] - teacher[i]).mean(1).square().mean() for i in range(k)]
+    return sum(errors) / k
+
+
+def image_rows_too(student, teacher, is_image):
+    squares = (student[-2].mean(1)[0] - teacher[-2].mean(1)[0]).square()
+    return squares[:, is_image].mean()
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (planning, live_cells),
+        (planning, image_rows_too),
+        (planning, perception),
+        (reasoning, last_layer_too),
+        (reasoning, first_against_first),
+    ],
+)
+def test_plausible_mistakes_would_show(right, wrong):
+    """What is written down above is far from its misreadings, against the 1e-5 that is allowed."""
+    student, teacher = internvl(layers=4, seed=1), internvl(layers=6, seed=2)
+    (sample, *_) = samples()
+    with torch.no_grad():
+        maps = [maps_of(model, sample) for model in (student, teacher)]
+    is_image = sample["input_ids"][0] == IMAGE
+    values = [float(loss(*maps, is_image)) for loss in (right, wrong)]
+    assert abs(values[1] / values[0] - 1) > 0.05
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_remote_code_container_with_its_images_as_the_public_code_embeds_them(name):
     """Tiles are summed over the root of their number, and the language model is called alone."""

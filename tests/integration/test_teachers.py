@@ -13,6 +13,7 @@ from drivekd.capture.model import FULL_DEPTH
 from drivekd.losses import AttentionMapLoss
 from drivekd.tokens import TokenLayout
 from drivekd.train import load_teacher, share_equal_weights, truncate_teacher
+from drivekd.train import models as loading_models
 from drivekd.train import teachers as loading
 from drivekd.train.config import DistillConfig, SignalConfig
 from drivekd.train.models import prepare_teachers
@@ -373,6 +374,24 @@ def test_equal_weights_of_two_teachers_are_held_once(tmp_path):
     inputs = image_inputs()
     assert same_records(records(two, inputs, [0]), records(second, inputs, [0]), [0])
     assert share_equal_weights([one, two]) == 0
+
+
+def test_what_teachers_share_is_let_go_before_the_next_is_loaded(tmp_path, monkeypatch):
+    """Or three teachers of one family would hold three vision towers at the peak."""
+    for name in "abc":
+        internvl(layers=2).save_pretrained(tmp_path / name)
+    paths = {name: tmp_path / name for name in "abc"}
+    loaded, load = [], loading_models.load_teacher
+
+    def noted(*args, **options):
+        towers = {next(each.vision_tower.parameters()).data_ptr() for each in loaded}
+        assert len(towers) == min(len(loaded), 1)
+        loaded.append(load(*args, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(loading_models, "load_teacher", noted)
+    prepare_teachers(paths, {name: ["first"] for name in "abc"}, internvl(seed=9), CPU)
+    assert len(loaded) == 3
 
 
 def test_weights_that_train_are_never_shared():
