@@ -91,7 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with code 2 for a command line that is not legal, 0 after `--help`.
     """
-    settings = build_parser().parse_args(arguments)
+    parser = build_parser()
+    settings, rest = parser.parse_known_args(arguments)
+    if rest:  # argparse takes KEY=VALUE behind an option for something that it does not know
+        is_late = all("=" in each and not each.startswith("-") for each in rest)
+        if not (is_late and hasattr(settings, "overrides")):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        settings.overrides += rest
     try:
         code: int = settings.run(settings)
         sys.stdout.flush()

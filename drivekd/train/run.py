@@ -133,7 +133,7 @@ def check_tokenizer(name: str, path: str | Path, tokenizer: Any) -> None:
     except ValueError as error:
         raise RecipeError(f"teacher {name!r}: {error}") from error
     theirs = transformers.AutoTokenizer.from_pretrained(path).get_vocab()
-    for token, index in tokenizer.get_vocab().items():
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]):
         if theirs.get(token) != index:
             raise TokenMismatchError(
                 f"teacher {name!r} ({path}) gives the token {token!r} the id {theirs.get(token)}, "

@@ -277,12 +277,14 @@ def test_command(recipe, tmp_path, capsys):
 
 def test_command_says_what_differs_and_leaves_with_1(recipe, tmp_path, capsys, monkeypatch):
     broken(monkeypatch, wrong_value)
-    arguments = ["verify", str(recipe), "training.bf16=false", "--repeats", "1", "--samples", "1"]
+    arguments = ["verify", str(recipe), "--repeats", "1", "--samples", "1", "training.bf16=false"]
     assert main([*arguments, "--json", str(tmp_path / "other.json")]) == 1
     out = capsys.readouterr().out
     assert "The fused losses are NOT as exact here as eager attention." in out
     assert "sort: the loss is" in out
-    assert json.loads((tmp_path / "other.json").read_text())["verdict"] == "differs"
+    document = json.loads((tmp_path / "other.json").read_text())
+    assert document["verdict"] == "differs"
+    assert {check["dtype"] for check in document["checks"]} == {"float32"}
 
 
 def test_command_without_an_attention_signal(recipe, capsys):
