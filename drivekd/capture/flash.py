@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ASKING = ("return_attn_probs", "return_lse")  # of versions 2 and 3, and of 4
+# vLLM's build of version 3, version 4, versions 2 and 3.
+_ASKING = ("return_softmax_lse", "return_lse", "return_attn_probs")
 _here = threading.local()
 _lock = threading.RLock()
 
