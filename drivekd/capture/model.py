@@ -64,11 +64,17 @@ def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
 
 
 def decoder_depth(decoder: nn.Module) -> int:
-    """Number of layers of the whole model's decoder, also where only the first ones are loaded."""
+    """Number of layers of the whole model's decoder, also where only the first ones are loaded.
+
+    Where layers were taken out by hand the config still says how many there were; or else -2 would
+    quietly be another layer.
+    """
     held = len(decoder_layers(decoder))
-    places = (decoder, getattr(decoder, "config", None))
-    whole = next((d for p in places if (d := getattr(p, FULL_DEPTH, None)) is not None), None)
-    return held if whole is None else max(held, int(whole))
+    config = getattr(decoder, "config", None)
+    places = ((decoder, FULL_DEPTH), (config, FULL_DEPTH), (config, "num_hidden_layers"))
+    depths = (getattr(place, name, None) for place, name in places)
+    whole = next((depth for depth in depths if isinstance(depth, int)), held)
+    return max(held, whole)
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
@@ -134,7 +140,8 @@ def check_loaded(decoder: nn.Module, layers: Sequence[int]) -> None:
     if absent:
         raise ValueError(
             f"layers {absent} of {decoder_depth(decoder)} are not loaded: this model holds the "
-            f"first {held} only; name all wanted layers in drivekd.train.load_teacher"
+            f"first {held} only; name all wanted layers in drivekd.train.load_teacher, or, where "
+            f"these {held} are the whole model, set num_hidden_layers of its config"
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers.modeling_utils import AttentionInterface
 
 from drivekd.capture import capture_attention
+from drivekd.capture.model import find_decoder
 from drivekd.errors import CaptureError
 from tests.helpers.toy_models import image_inputs, internvl, llama, qwen2, text_inputs
 from tests.helpers.traces import run, traces
@@ -27,6 +28,22 @@ def test_negative_and_duplicate_layers_are_one_record():
 def test_layers_that_do_not_exist_are_named_with_the_depth(layers):
     with pytest.raises(ValueError, match=r"layers \[.*\] do not exist: .*decoder has 4 layers"):
         capture_attention(qwen2(), layers)
+
+
+@pytest.mark.parametrize("make", [qwen2, internvl])
+def test_layers_that_were_taken_out_by_hand_do_not_shift_the_others(make):
+    """The penultimate of five would become another's second without a word."""
+    model = make(layers=5)
+    decoder = find_decoder(model)
+    inputs = text_inputs() if make is qwen2 else image_inputs()
+    decoder.layers = decoder.layers[:3]
+    with pytest.raises(
+        ValueError, match=r"layers \[3\] of 5 are not loaded.*set num_hidden_layers"
+    ):
+        capture_attention(model, [-2])
+    assert run(model, inputs, [1]).num_layers == 5
+    decoder.config.num_hidden_layers = 3
+    assert run(model, inputs, [-2]).layers == (1,)
 
 
 @pytest.mark.parametrize("layers", [0, "0", [0.0], [True], [None], {0, 1}])
