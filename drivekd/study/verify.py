@@ -51,8 +51,9 @@ class Check:
     """One signal: the fused way beside the eager way, both against eager attention in float32.
 
     Errors are relative. What is allowed is twice what eager attention in the models' own dtype is
-    off by (four times for a single tensor), and never less than float32's noise. There is no use
-    in float64: transformers takes norms and softmax in float32 whatever the dtype of the weights.
+    off by (four times for a single tensor), and never less than float32's noise. That is wide in 16
+    bits, so the fused way runs in float32 too, where it may be off by that noise only. There is no
+    use in float64: transformers takes norms and softmax in float32 whatever the weights are in.
 
     Attributes:
         signal: Name.
@@ -68,6 +69,9 @@ class Check:
         worst_parameter: The parameter with the largest error for what it is allowed.
         worst_error: Its largest error, relative to its largest entry.
         worst_allowed: Bound on it.
+        float32_loss_error: Of the fused loss when both models are in float32.
+        float32_gradient_error: Of its gradients.
+        float32_allowed: Bound on both.
         gradients: Number of parameters with a gradient.
         only_fused: Parameters that have a gradient the fused way only.
         only_eager: Parameters that have one the eager way only.
@@ -93,6 +97,9 @@ class Check:
     worst_parameter: str
     worst_error: float
     worst_allowed: float
+    float32_loss_error: float
+    float32_gradient_error: float
+    float32_allowed: float
     gradients: int
     only_fused: tuple[str, ...]
     only_eager: tuple[str, ...]
@@ -169,7 +176,7 @@ def _check(
     place = next(student.parameters()).device
     dtype = autocast or next(student.parameters()).dtype
 
-    def fused() -> Tensor:
+    def fused(student: nn.Module = student, teacher: nn.Module = teacher) -> Tensor:
         captured = capture_attention(teacher, settings.teacher_layers, stop_after_last=True)
         with torch.no_grad(), captured:
             teacher(**placed(inputs, teacher), use_cache=False)
@@ -194,6 +201,9 @@ def _check(
             model.float()
         inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
         loss_exact, gradients_exact = _gradients(eager_student, eager)
+        loss_float32, gradients_float32 = _gradients(
+            eager_student, lambda: fused(eager_student, eager_teacher)
+        )
 
     floor = max(FLOOR, torch.finfo(dtype).eps / 2)  # half: one rounding
     error, error_eager = (
@@ -201,6 +211,9 @@ def _check(
     )
     scale = abs(loss_exact) or 1.0
     loss_error = abs(loss - loss_exact) / scale
+    float32_loss_error = abs(loss_float32 - loss_exact) / scale
+    float32_gradient_error = _whole_error(gradients_float32, gradients_exact)
+    float32_allowed = FLOOR + _ROUNDING[settings.loss] / scale
     loss_allowed = _WHOLE * max(abs(loss_eager - loss_exact) / scale, error_eager) + floor
     gradient_allowed = _WHOLE * error_eager + floor
     largest = max((each.abs().max().item() for each in gradients_exact.values()), default=0.0)
@@ -224,6 +237,11 @@ def _check(
         reasons.append(f"gradients are off by {error:.1e}, {gradient_allowed:.1e} is allowed")
     if not worst[1] <= worst[2]:
         reasons.append(f"the gradient of {worst[0]} is off by {worst[1]:.1e}")
+    if not max(float32_loss_error, float32_gradient_error) <= float32_allowed:
+        reasons.append(
+            f"in float32 the loss is off by {float32_loss_error:.1e} and the gradients by "
+            f"{float32_gradient_error:.1e}, {float32_allowed:.1e} is allowed"
+        )
     for names, way in ((only_fused, "fused"), (only_eager, "eager")):
         if names:
             reasons.append(f"{len(names)} gradients exist the {way} way only, such as {names[0]}")
@@ -244,6 +262,9 @@ def _check(
         worst_parameter=worst[0],
         worst_error=worst[1],
         worst_allowed=worst[2],
+        float32_loss_error=float32_loss_error,
+        float32_gradient_error=float32_gradient_error,
+        float32_allowed=float32_allowed,
         gradients=len(gradients),
         only_fused=only_fused,
         only_eager=only_eager,

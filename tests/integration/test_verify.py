@@ -169,6 +169,23 @@ def test_what_is_broken_is_found(monkeypatch, dtype, change, reason):
     assert any(reason in each for each in check.reasons), check.reasons
 
 
+def one_cell_too_many(whole, *args, **options):
+    return whole(*args, **options) * (1 - 1 / 100)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_16_bits_hide_no_mistake_that_is_smaller_than_their_rounding(monkeypatch, autocast):
+    """As a denominator that counts a cell too many: a hundredth, where bf16 allows a twentieth."""
+    broken(monkeypatch, one_cell_too_many)
+    pairs = pair("internvl", torch.float32 if autocast else torch.bfloat16)
+    (check,) = verify(*pairs, [signal()], autocast=autocast, repeats=1)
+    assert check.loss_error < check.loss_allowed and check.gradient_error < check.gradient_allowed
+    assert check.verdict == DIFFERS
+    assert check.reasons == (
+        "in float32 the loss is off by 1.0e-02 and the gradients by 1.0e-02, 1.0e-04 is allowed",
+    )
+
+
 def test_gradients_that_only_one_way_has_are_named(monkeypatch):
     broken(monkeypatch, no_gradient_of_keys)
     first = signal(student_layers="first", teacher_layers="first")
