@@ -1,6 +1,7 @@
 """Flex attention, compiled models, and the modes that only a GPU has."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,12 @@ from drivekd.capture import capture_attention
 from drivekd.capture.model import find_decoder
 from drivekd.study.verify import AGREES, verify
 from drivekd.train.config import SignalConfig
-from tests.helpers.maps import assert_gradients_equal, assert_maps_equal, eager_attentions
+from tests.helpers.maps import (
+    assert_gradients_equal,
+    assert_maps_equal,
+    eager_attentions,
+    scores,
+)
 from tests.helpers.modes import fused_and_eager
 from tests.helpers.toy_models import FAMILIES, layout_of, qwen2
 from tests.helpers.traces import run, traces
@@ -148,3 +154,21 @@ def test_on_a_gpu_flex_attention_hands_over_its_log_sum_exp(family):
     torch.testing.assert_close(
         scores.softmax(-1).mean(1)[valid], attentions[1].mean(1)[valid], rtol=0, atol=1e-2
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not is_flash_attn_2_available(), reason="needs the package flash-attn")
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("family", ["qwen2", "internvl", "qwen3_vl"])
+def test_on_a_gpu_flash_attention_hands_over_its_log_sum_exp(family, padding):
+    torch.use_deterministic_algorithms(False)
+    model = FAMILIES[family].model(layers=2).to("cuda", torch.bfloat16)
+    model.set_attn_implementation("flash_attention_2")
+    inputs = FAMILIES[family].inputs(padding=padding)
+    batch = {k: (v.bfloat16() if v.is_floating_point() else v).cuda() for k, v in inputs.items()}
+    record = run(model, batch, [1])[1]
+    valid = inputs["attention_mask"].bool()
+    on_cpu = replace(record, query=record.query.cpu(), key=record.key.cpu())
+    expected = scores(on_cpu, valid).logsumexp(-1).transpose(1, 2)[valid]
+    got = record.lse.cpu().double().transpose(1, 2)[valid]
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)  # float32 sums of bf16 products

@@ -94,6 +94,24 @@ def test_llava_pictures_of_several_tiles_with_newline_tokens(size, views, count)
     assert_like_eager(student, teacher.requires_grad_(False), inputs, tokens, settings)
 
 
+def test_llava_clips_of_two_frames_with_their_newline_token():
+    student, teacher = (llava_onevision(layers=n, seed=n) for n in (3, 4))
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 290, (2, 15), generator=generator)
+    for row, start in enumerate((2, 6)):
+        ids[row, start : start + 3] = VIDEO
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values_videos": torch.randn(2, 2, 3, 28, 28, generator=generator),
+    }
+    inputs["attention_mask"][0, -4:] = 0
+    tokens = TokenLayout.from_batch(inputs, student.config)
+    assert tokens.is_vision.sum(1).tolist() == [3, 3]
+    settings = AttentionMapLoss(student_layers=[1], teacher_layers=[2], region="text_to_vision")
+    assert_like_eager(student, teacher.requires_grad_(False), inputs, tokens, settings)
+
+
 def test_qwen3_vl_clips_are_vision_between_their_time_stamps():
     """Two frames, each behind text of its own; deepstack adds to them in the first layers."""
     student, teacher = (qwen3_vl(layers=n, seed=n) for n in (4, 5))
