@@ -70,6 +70,15 @@ def test_tied_embeddings_are_counted_loaded_and_captured(family, tmp_path):
         assert torch.equal(got[wanted].query, expected[wanted].query)
 
 
+def row(length, *spans):
+    """A row of random text with (token, start, count) in it, and the generator for the pixels."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 290, (1, length), generator=generator)
+    for token, start, count in spans:
+        ids[:, start : start + count] = token
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, generator
+
+
 # Tokens of a 28 x 28 base view, of the tiles without the padding of their picture, and of newlines.
 TILED = [((28, 56), 3, 14), ((56, 28), 3, 16), ((20, 56), 3, 14), ((56, 56), 5, 24)]
 
@@ -78,12 +87,8 @@ TILED = [((28, 56), 3, 14), ((56, 28), 3, 16), ((20, 56), 3, 14), ((56, 56), 5, 
 def test_llava_pictures_of_several_tiles_with_newline_tokens(size, views, count):
     grids = ((28, 56), (56, 28), (56, 56))
     student, teacher = (llava_onevision(layers=n, seed=n, grids=grids) for n in (3, 4))
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(5, 290, (1, count + 9), generator=generator)
-    ids[:, 3 : 3 + count] = IMAGE
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
+    inputs, generator = row(count + 9, (IMAGE, 3, count))
+    inputs |= {
         "pixel_values": torch.randn(1, views, 3, 28, 28, generator=generator),
         "image_sizes": torch.tensor([size]),
         "batch_num_images": torch.ones(1, dtype=torch.int64),
@@ -96,18 +101,10 @@ def test_llava_pictures_of_several_tiles_with_newline_tokens(size, views, count)
 
 def test_llava_clips_of_two_frames_with_their_newline_token():
     student, teacher = (llava_onevision(layers=n, seed=n) for n in (3, 4))
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(5, 290, (2, 15), generator=generator)
-    for row, start in enumerate((2, 6)):
-        ids[row, start : start + 3] = VIDEO
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values_videos": torch.randn(2, 2, 3, 28, 28, generator=generator),
-    }
-    inputs["attention_mask"][0, -4:] = 0
+    inputs, generator = row(15, (VIDEO, 4, 3))
+    inputs["pixel_values_videos"] = torch.randn(1, 2, 3, 28, 28, generator=generator)
     tokens = TokenLayout.from_batch(inputs, student.config)
-    assert tokens.is_vision.sum(1).tolist() == [3, 3]
+    assert tokens.is_vision.sum() == 3
     settings = AttentionMapLoss(student_layers=[1], teacher_layers=[2], region="text_to_vision")
     assert_like_eager(student, teacher.requires_grad_(False), inputs, tokens, settings)
 
@@ -115,13 +112,9 @@ def test_llava_clips_of_two_frames_with_their_newline_token():
 def test_qwen3_vl_clips_are_vision_between_their_time_stamps():
     """Two frames, each behind text of its own; deepstack adds to them in the first layers."""
     student, teacher = (qwen3_vl(layers=n, seed=n) for n in (4, 5))
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(5, 290, (1, 24), generator=generator)
-    ids[0, 4:6], ids[0, 9:11] = VIDEO, VIDEO
-    ids[0, 14:18] = IMAGE
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
+    inputs, generator = row(24, (VIDEO, 4, 2), (VIDEO, 9, 2), (IMAGE, 14, 4))
+    ids = inputs["input_ids"]
+    inputs |= {
         "pixel_values_videos": torch.randn(16, 3 * 2 * 14 * 14, generator=generator),
         "video_grid_thw": torch.tensor([[2, 2, 4]]),
         "pixel_values": torch.randn(16, 3 * 2 * 14 * 14, generator=generator),
