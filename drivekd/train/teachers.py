@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.utils.hub import cached_file
 
 from drivekd.capture.model import (
     FULL_DEPTH,
@@ -242,13 +243,24 @@ def read_config(
     """The config of a checkpoint that transformers' own classes can load.
 
     Raises:
-        ValueError: The checkpoint is of remote code.
+        ValueError: The checkpoint is of remote code, or an adapter without its model.
         OSError: There is no such checkpoint.
     """
     if not Path(path).is_dir() and (Path(path).is_absolute() or str(path).startswith(".")):
         raise FileNotFoundError(f"{path} is not a folder of a saved model")
     options = {"revision": revision, "local_files_only": local_files_only}
-    raw, _ = transformers.PreTrainedConfig.get_config_dict(path, **options)
+    try:
+        raw, _ = transformers.PreTrainedConfig.get_config_dict(path, **options)
+    except OSError:
+        raw = {}
+        if not _has_adapter(path, options):
+            raise
+    if "model_type" not in raw and _has_adapter(path, options):
+        raise ValueError(
+            f"{path} holds an adapter only, not the model that it belongs to; merge it first: "
+            "load both with peft (AutoPeftModelForCausalLM, or PeftModel.from_pretrained on the "
+            "loaded model), then model.merge_and_unload().save_pretrained(FOLDER)"
+        )
     if "auto_map" in raw and raw.get("model_type") not in transformers.CONFIG_MAPPING:
         raise ValueError(
             f"{path} is remote code ({raw.get('model_type')}), which is not loaded here; take the "
@@ -257,6 +269,18 @@ def read_config(
             "it and stops it early, drivekd.train.truncate_teacher cuts a teacher down"
         )
     return transformers.AutoConfig.from_pretrained(path, **options)
+
+
+def _has_adapter(path: str | Path, options: dict[str, Any]) -> bool:
+    """Whether a checkpoint is what peft saves: weights beside those of a model elsewhere."""
+    found = cached_file(
+        str(path),
+        "adapter_config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **options,
+    )
+    return found is not None
 
 
 def num_layers(config: Any) -> int:

@@ -65,3 +65,12 @@ def assert_gradients_equal(got, expected, *, more_than=20):
         torch.testing.assert_close(
             got[name], grad, atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def same_records(first, second, layers):
+    """Whether two captures hold the same queries and keys, to the bit."""
+    return all(
+        torch.equal(getattr(first[i], name), getattr(second[i], name))
+        for i in layers
+        for name in ("query", "key")
+    )
