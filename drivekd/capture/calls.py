@@ -112,7 +112,7 @@ class Gate:
             return []
         call = Call(self.module, self._inner, args, kwargs)
         here = threading.get_ident()
-        listeners = [listener for listener in self.listeners if listener.thread == here]
+        listeners = [each for each in tuple(self.listeners) if each.thread == here]
         for listener in listeners:
             listener.enter(call)
         for listener in listeners:

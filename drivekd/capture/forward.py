@@ -185,14 +185,16 @@ class LayerTap:
 
     def see(self, query: Tensor, key: Tensor, attention_mask: Any, options: dict[str, Any]) -> bool:
         """Record one attention call, if any capture waits; ends the forward that nobody needs."""
-        waiting = [watch for watch in self.watches if watch.awaits(self._layer)]
+        # Copies: other threads may open and close captures meanwhile.
+        waiting = [watch for watch in tuple(self.watches) if watch.awaits(self._layer)]
         self._noted[threading.get_ident()] = waiting
         if not waiting:
             return False
         record = self._record(query, key, options)
         for watch in waiting:
             watch.take(self._layer, record, self.attention, attention_mask, options)
-        running = [w for w in open_watches if w.runs_here and w.decoder is waiting[0].decoder]
+        decoder = waiting[0].decoder
+        running = [w for w in tuple(open_watches) if w.runs_here and w.decoder is decoder]
         if all(watch.may_stop for watch in running):
             raise StopForward(list(self._above))
         return True

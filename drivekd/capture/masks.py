@@ -16,18 +16,17 @@ from torch import Tensor
 def sequence_starts(positions: Any, attention_mask: Any) -> Tensor | None:
     """Tokens at which a row goes over to another sequence, (B, N) bool; None if no position tells.
 
-    These are the jumps of positions between tokens that are both valid.
+    These are the jumps of positions between tokens that are both valid. Of (4, B, N) positions the
+    text's come first. Of (3, B, N), rotary ones alone, the first axis is time, which repeats and
+    leaps within a sequence but goes back between two.
     """
-    if not isinstance(positions, Tensor):
+    if not isinstance(positions, Tensor) or positions.ndim not in (2, 3):
         return None
+    has_time = positions.ndim == 3 and positions.shape[0] == 3
     if positions.ndim == 3:
-        # Multi-axis rotary positions repeat within an image; the text positions are row 0 of 4.
-        if positions.shape[0] != 4:
-            return None
         positions = positions[0]
-    if positions.ndim != 2:
-        return None
-    jumps = positions[:, 1:] != positions[:, :-1] + 1
+    before, after = positions[:, :-1], positions[:, 1:]
+    jumps = after < before if has_time else after != before + 1
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         valid = attention_mask.to(jumps.device).bool()
         jumps = jumps & valid[:, 1:] & valid[:, :-1]

@@ -45,16 +45,17 @@ class Tap(Protocol):
 def _show(
     module: nn.Module, query: Tensor, key: Tensor, attention_mask: Any, options: dict[str, Any]
 ) -> bool:
-    tap: Tap = getattr(module, TAP_ATTRIBUTE)
-    return tap.see(query, key, attention_mask, options)
+    tap: Tap | None = getattr(module, TAP_ATTRIBUTE, None)  # another thread may have taken it
+    return tap is not None and tap.see(query, key, attention_mask, options)
 
 
 @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
     reason="drivekd.capture_attention records the log-sum-exp here"
 )
 def _finish(module: nn.Module, lse: Tensor) -> None:
-    tap: Tap = getattr(module, TAP_ATTRIBUTE)
-    tap.finish(lse)
+    tap: Tap | None = getattr(module, TAP_ATTRIBUTE, None)
+    if tap is not None:
+        tap.finish(lse)
 
 
 def _log_sum_exp(result: Any, query: Tensor) -> Tensor | None:

@@ -197,6 +197,26 @@ def test_packed_positions_without_a_row_for_text_are_refused(implementation):
     run(model, packed())
 
 
+@pytest.mark.parametrize("implementation", [FLASH, "sdpa"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_packed_rotary_positions_alone_are_refused(family, implementation):
+    """(3, B, N): what a data set computes for each record, joined; the model sees one sequence."""
+    make = FAMILIES[family]
+    model, inputs = make.model(layers=1), make.inputs(batch=1)
+    model.set_attn_implementation(implementation)
+    first, _ = model.model.get_rope_index(
+        inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
+    )
+    run(model, inputs | {"position_ids": first, "attention_mask": None})
+    both = {
+        "input_ids": torch.cat([inputs["input_ids"], torch.full((1, 5), 9)], 1),
+        "mm_token_type_ids": torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 5)),
+        "position_ids": torch.cat([first, torch.arange(5).expand(3, 1, 5)], -1),
+    }
+    inputs.pop("attention_mask")
+    refuses(model, inputs | both, r"\(4, B, N\) with the text's in the first row")
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_lengths_that_only_flash_attention_reads_are_refused_elsewhere(implementation):
     model, inputs = qwen2(), packed(**lengths())

@@ -153,6 +153,20 @@ def test_a_teacher_on_another_device_is_copied_to_the_students(region, loss, fla
     assert len(gradients(student.model.language_model, value)) == 17  # all up to layer 1's q and k
 
 
+def test_a_teacher_in_inference_mode_teaches_the_same():
+    inputs = FAMILIES["internvl"].inputs(padding="left")
+    student, teacher = student_of(FAMILIES["internvl"]), FAMILIES["internvl"].model(seed=5)
+    settings = AttentionMapLoss(student_layers=[0, 2], teacher_layers=[1, 3], region="full")
+    results = []
+    for without_grad in (torch.no_grad, torch.inference_mode):
+        with without_grad(), capture_attention(teacher, [1, 3], stop_after_last=True) as targets:
+            teacher(**inputs)
+        with capture_attention(student, [0, 2]) as own:
+            student(**inputs)
+        results.append(gradients(student, settings(own, targets, layout_of(inputs))))
+    assert all(torch.equal(results[1][name], grad) for name, grad in results[0].items())
+
+
 PACKED = [9, 15]
 
 
