@@ -106,7 +106,8 @@ class AttentionMapLoss(nn.Module):
         """Loss between the captured layers, 0-d; (L,) for `reduction="none"`.
 
         Args:
-            student_capture: Captured forward of the student; gradients flow to its model.
+            student_capture: Captured forward of the student; gradients flow to its model, which
+                may be spread over several devices: the loss is on that of its first layer named.
             teacher_capture: Captured forward of the teacher, made under `torch.no_grad()`; copied
                 to the student's device where it is on another.
             tokens: What each token is; None only for the full region without padding.
@@ -121,8 +122,8 @@ class AttentionMapLoss(nn.Module):
             ValueError: As `drivekd.functional.layerwise_attention_map_loss`.
             drivekd.errors.CaptureError: A layer was not captured.
         """
-        students = [student_capture[layer] for layer in self.student_layers]
-        device = students[0].query.device
+        device = student_capture[self.student_layers[0]].query.device
+        students = [_on(device, student_capture[layer]) for layer in self.student_layers]
         teachers = [_on(device, teacher_capture[layer]) for layer in self.teacher_layers]
         _check_same_tokens(student_capture, teacher_capture, students[0], teachers[0], tokens)
         return layerwise_attention_map_loss(
@@ -170,7 +171,7 @@ class AttentionMapLoss(nn.Module):
 
 @dataclass(frozen=True)
 class _Copy:
-    """A record on another device."""
+    """A record on another device, in the same graph."""
 
     query: Tensor
     key: Tensor

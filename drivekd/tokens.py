@@ -100,14 +100,16 @@ class TokenLayout:
         Vision tokens are those whose id is the config's `image_token_id` (or `image_token_index`)
         or `video_token_id`; a batch without any is legal. `attention_mask`, where given, marks
         padding. Segments of packed rows are read from jumps of `position_ids`, as transformers
-        does: only where no `attention_mask` is given.
+        does: only where no `attention_mask` is given; or from `cu_seq_lens_q`, as its collator for
+        flattened rows makes them.
 
         Args:
-            batch: Model inputs: `input_ids` (B, N), and optionally `attention_mask` (B, N) and
-                `position_ids` (B, N), (1, N), or (4, B, N) with the text's in the first row.
+            batch: Model inputs: `input_ids` (B, N), and optionally `attention_mask` (B, N),
+                `position_ids` (B, N), (1, N), or (4, B, N) with the text's in the first row, and
+                `cu_seq_lens_q` (S + 1,), the ends of the sequences in one row.
             config: The model's config, or any object with these attributes (also on its
                 `text_config`); for InternVL's remote code the model itself, whose
-                `img_context_token_id` must be set.
+                `img_context_token_id` must be set; None for a model that reads text alone.
 
         Raises:
             TypeError: An entry is not a tensor of the wanted kind.
@@ -142,6 +144,9 @@ class TokenLayout:
         valid = None if mask is None else _padding(mask, input_ids)
         positions = _entry(batch, "position_ids")
         segments = None if positions is None else _segments(positions, input_ids, valid)
+        lengths = _entry(batch, "cu_seq_lens_q")
+        if lengths is not None:
+            segments = _segments_of_lengths(lengths, input_ids, valid)
         return cls.from_masks(is_vision, valid=valid, segment_ids=segments)
 
     @property
@@ -240,13 +245,32 @@ def _vision_token_ids(config: object) -> list[int]:
                     return [token_id]
         return []
 
+    if config is None:
+        return []
     images = first(_IMAGE_ID_NAMES)
-    if not images:
+    if images:
+        return images + first(_VIDEO_ID_NAMES)
+    kind = type(config).__name__
+    remote = "model.img_context_token_id = tokenizer.convert_tokens_to_ids('<IMG_CONTEXT>')"
+    if hasattr(config, "img_context_token_id"):
+        raise ValueError(f"img_context_token_id of config ({kind}) is not set: {remote}")
+    if hasattr(config, "llm_config"):
         raise ValueError(
-            f"config ({type(config).__name__}) has none of {', '.join(_IMAGE_ID_NAMES)}; build the "
-            "layout with TokenLayout.from_masks"
+            f"config ({kind}) is of InternVL's remote code and does not know its image token: hand "
+            f"in the model itself as config, after {remote}"
         )
-    return images + first(_VIDEO_ID_NAMES)
+    raise ValueError(
+        f"config ({kind}) has none of {', '.join(_IMAGE_ID_NAMES)}; hand in the whole model's "
+        "config, None for a model that reads text alone, or build the layout with "
+        "TokenLayout.from_masks"
+    )
+
+
+def reads_text_alone(config: object) -> bool:
+    """Whether a model's config speaks of neither image tokens nor a vision tower."""
+    names = (*_IMAGE_ID_NAMES, "vision_config", "vision_tower", "mm_vision_tower", "visual")
+    places = (config, getattr(config, "text_config", None))
+    return not any(getattr(place, name, None) is not None for place in places for name in names)
 
 
 def _padding(mask: Tensor, input_ids: Tensor) -> Tensor:
@@ -298,3 +322,22 @@ def _segments(positions: Tensor, input_ids: Tensor, valid: Tensor | None) -> Ten
             "or build the layout with TokenLayout.from_masks"
         )
     return None
+
+
+def _segments_of_lengths(lengths: Tensor, input_ids: Tensor, valid: Tensor | None) -> Tensor:
+    """Numbers of the sequences of one row, from where each ends."""
+    if input_ids.shape[0] != 1 or (valid is not None and not bool(valid.all())):
+        raise NotImplementedError(
+            f"cu_seq_lens_q is given with {input_ids.shape[0]} rows"
+            f"{'' if valid is None else ' and an attention_mask'}; it tells the sequences of one "
+            "row without padding: build the layout with TokenLayout.from_masks"
+        )
+    ends = lengths.to(input_ids.device).long()
+    if ends.ndim != 1 or int(ends[0]) != 0 or int(ends[-1]) != input_ids.shape[1]:
+        raise ValueError(
+            f"cu_seq_lens_q is {ends.tolist()}; wanted 0, the end of each sequence, and last the "
+            f"{input_ids.shape[1]} tokens of input_ids"
+        )
+    starts = torch.zeros_like(input_ids)
+    starts[0, ends[1:-1]] = 1
+    return starts.cumsum(-1)

@@ -6,11 +6,13 @@ nothing else; the model stays on sdpa or flash attention and never makes a map.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from types import TracebackType
 
 from torch import Tensor, nn
 
+from drivekd.capture import flash
 from drivekd.capture import registry as wrapping
 from drivekd.capture.calls import Gate, close_gate, open_gate
 from drivekd.capture.forward import ForwardWatch, LayerTap, open_watches
@@ -26,6 +28,8 @@ from drivekd.capture.model import (
 )
 from drivekd.capture.records import CapturedAttention
 from drivekd.errors import CaptureError
+
+_lock = threading.RLock()  # models, and with them gates and taps, may be shared between threads
 
 
 class AttentionCapture(CapturedAttention):
@@ -48,6 +52,7 @@ class AttentionCapture(CapturedAttention):
         self._gates: list[Gate] = []
         self._taps: list[LayerTap] = []
         self._entries: list[wrapping.Entry] = []
+        self._flash: list[flash.FlashImport] = []
 
     @property
     def input_ids(self) -> Tensor | None:
@@ -62,13 +67,16 @@ class AttentionCapture(CapturedAttention):
         return position_ids
 
     def __enter__(self) -> AttentionCapture:
-        if self._gates:
-            raise CaptureError("this capture is open already; make another with capture_attention")
-        try:
-            self._install()
-        except BaseException:
-            self._remove()
-            raise
+        with _lock:
+            if self._gates:
+                raise CaptureError(
+                    "this capture is open already; make another with capture_attention"
+                )
+            try:
+                self._install()
+            except BaseException:
+                self._remove()
+                raise
         return self
 
     def __exit__(
@@ -77,19 +85,24 @@ class AttentionCapture(CapturedAttention):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._remove()
+        with _lock:
+            self._remove()
         missing = [layer for layer in self.layers if layer not in self._records]
         if kind is None and missing:
             raise CaptureError(
                 f"layers {missing} of {self.num_layers} gave no record: call the model handed to "
-                "capture_attention (or its language model) inside the `with`, and do not change "
-                "its attention implementation there"
+                "capture_attention (or its language model) inside the `with`, in the thread that "
+                "opened it, and do not change its attention implementation there"
             )
 
     def _install(self) -> None:
+        self._watch.thread = threading.get_ident()
         modules = self._attention.values()
-        for name in sorted({wrapping.implementation(module) for module in modules}):
+        names = sorted({wrapping.implementation(module) for module in modules})
+        for name in names:
             self._entries.append(wrapping.install(self._registry, name))
+        if any(flash.is_flash(name) for name in names):
+            self._flash.append(flash.install())
         for module in modules:
             if wrapping.implementation(module) == wrapping.EAGER:
                 wrapping.eager_function(module)
@@ -115,7 +128,9 @@ class AttentionCapture(CapturedAttention):
             close_gate(gate, self._watch)
         for entry in self._entries:
             wrapping.release(self._registry, entry)
-        self._taps, self._gates, self._entries = [], [], []
+        for wrapped in self._flash:
+            flash.release(wrapped)
+        self._taps, self._gates, self._entries, self._flash = [], [], [], []
 
 
 def _attention_registry() -> wrapping.Registry:
@@ -139,7 +154,8 @@ def capture_attention(
     The registry entry of the attention implementation that the model uses already (sdpa, eager,
     flex_attention, flash) is wrapped in place for as long as the `with` lasts; config, masks and
     the vision tower stay as they are. Leaving the `with` leaves no trace. Captures of several
-    models, or several of one, may be open at once and close in any order.
+    models, or several of one, may be open at once and close in any order. A capture follows the
+    forwards of the thread that opened it.
 
     A new forward replaces the records of the one before. Gradient checkpointing with
     `use_reentrant=False` works: recomputation does not replace a record.
@@ -178,9 +194,9 @@ def capture_attention(
             DataParallel, DeepSpeed, and `stop_after_last` under FSDP.
 
     Note:
-        Masks that reach the attention function are checked for entries above the diagonal, and
-        explicit `position_ids` for restarts when a cache or mask comes with them: each reads one
-        value back from the device. Neither happens without padding mask and `position_ids`.
+        Masks that reach the attention function are checked for entries above the diagonal, and for
+        keeping packed sequences apart where `position_ids` or `cu_seq_lens_q` are passed: each
+        reads one value back from the device. Neither happens without padding mask and positions.
 
     Example:
         >>> with torch.no_grad(), capture_attention(teacher, [0], stop_after_last=True) as captured:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -33,6 +34,7 @@ class Listener(Protocol):
     """What a gate tells about the calls that pass through it."""
 
     depth: int
+    thread: int | None  # the one whose calls count
 
     def enter(self, call: Call) -> None:
         """One call begins; `depth` gates are already inside."""
@@ -109,7 +111,8 @@ class Gate:
         if not self.listeners or _in_backward():
             return []
         call = Call(self.module, self._inner, args, kwargs)
-        listeners = list(self.listeners)
+        here = threading.get_ident()
+        listeners = [each for each in tuple(self.listeners) if each.thread == here]
         for listener in listeners:
             listener.enter(call)
         for listener in listeners:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from drivekd.capture.calls import Call, StopForward
-from drivekd.capture.model import is_packed, sees_next_token
+from drivekd.capture.flash import is_flash
+from drivekd.capture.masks import (
+    crosses_starts,
+    sees_next_token,
+    sequence_starts,
+    starts_of_lengths,
+)
 from drivekd.capture.records import CapturedLayer
+from drivekd.capture.registry import implementation
 from drivekd.errors import CaptureError
 
 _UNSUPPORTED_OPTIONS = {
@@ -19,7 +27,7 @@ _UNSUPPORTED_OPTIONS = {
     "position_bias": "an additive position bias",
     "head_mask": "a head mask",
 }
-_ARGUMENTS = ("input_ids", "position_ids", "attention_mask")
+_ARGUMENTS = ("input_ids", "position_ids", "attention_mask", "cu_seq_lens_q")
 
 
 class ForwardWatch:
@@ -38,6 +46,7 @@ class ForwardWatch:
         self.records = records
         self.stops = stops
         self.depth = 0
+        self.thread: int | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -46,6 +55,8 @@ class ForwardWatch:
         self.position_ids: Any = None  # what the decoder itself was given
         self._grad_enabled = torch.is_grad_enabled()
         self._decoder_ran = False
+        self._caches = False
+        self._checked_weights = False
         self._checked_masks: list[Any] = []
 
     def enter(self, call: Call) -> None:
@@ -67,36 +78,49 @@ class ForwardWatch:
             )
         self._decoder_ran = True
         self.position_ids = call.argument("position_ids")
-        mask = self.arguments.get("attention_mask")
-        ignores_packing = mask is not None or _caches(call)
-        if ignores_packing and is_packed(self.arguments.get("position_ids"), mask):
-            cause = "use_cache" if mask is None else "attention_mask"
-            raise CaptureError(
-                f"position_ids pack several sequences into a row, but with {cause} transformers "
-                "ignores that silently and tokens attend across sequences; pass use_cache=False "
-                "and no attention_mask"
-            )
+        self._caches = _caches(call)
 
     def awaits(self, layer: int) -> bool:
-        """Whether a forward is under way that has no record of the layer yet.
+        """Whether a forward is under way here that has no record of the layer yet.
 
         False for the recomputation of a checkpointed layer, so that records stay as they are.
         """
-        return self.depth > 0 and layer in self.layers and layer not in self.records
+        return self.runs_here and layer in self.layers and layer not in self.records
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether a forward of its thread, which is this one, is under way."""
+        return self.depth > 0 and self.thread == threading.get_ident()
 
     @property
     def may_stop(self) -> bool:
         """Whether the running forward is of no more use to this capture."""
         return self.stops and len(self.records) == len(self.layers)
 
-    def take(self, layer: int, record: CapturedLayer, training: bool, mask: Any) -> None:
+    def take(
+        self,
+        layer: int,
+        record: CapturedLayer,
+        attention: nn.Module,
+        mask: Any,
+        options: dict[str, Any],
+    ) -> None:
         """Check what only the running forward can tell, and keep the record."""
-        if self._grad_enabled and training and not torch.is_grad_enabled():
+        if self._grad_enabled and attention.training and not torch.is_grad_enabled():
             raise CaptureError(
                 f"layer {layer} runs without grad inside a forward with grad: reentrant gradient "
                 "checkpointing, whose queries and keys carry no graph; use "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
+        learns = record.query.requires_grad and not record.query.is_meta
+        if learns and not self._checked_weights:
+            self._checked_weights = True
+            if any(each.is_meta and each.requires_grad for each in self.decoder.parameters()):
+                raise CaptureError(
+                    f"layer {layer} runs with grad, but weights of the decoder are offloaded: "
+                    "accelerate brings copies in for each call, and their gradients would be lost; "
+                    "keep a student on its device, and run a teacher under torch.no_grad()"
+                )
         if not any(mask is checked for checked in self._checked_masks):
             self._checked_masks.append(mask)
             batch, _, num_tokens, _ = record.query.shape
@@ -106,7 +130,47 @@ class ForwardWatch:
                     "blocks or prefixes that attend in both directions); attention maps are "
                     "captured for causal attention only"
                 )
+            self._check_packing(record, mask, options, flash=is_flash(implementation(attention)))
         self.records[layer] = record
+
+    def _check_packing(
+        self, record: CapturedLayer, mask: Any, options: dict[str, Any], *, flash: bool
+    ) -> None:
+        """Packed sequences must stay apart in what the attention function is given."""
+        batch, _, num_tokens, _ = record.query.shape
+        given = self.arguments.get("attention_mask")
+        told = {
+            "position_ids": sequence_starts(self.arguments.get("position_ids"), given),
+            "cu_seq_lens_q": starts_of_lengths(
+                self.arguments.get("cu_seq_lens_q"), batch, num_tokens
+            ),
+        }
+        for name, starts in told.items():
+            if starts is None:
+                continue
+            if starts.shape[0] != batch:
+                starts = starts.expand(batch, -1)
+            if crosses_starts(starts, mask, options, is_flash=flash):
+                why, remedy = self._why_ignored(batch, given, flash=flash)
+                raise CaptureError(
+                    f"{name} pack several sequences into a row, but {why} transformers ignores "
+                    f"that silently and tokens attend across sequences; {remedy}"
+                )
+
+    def _why_ignored(self, batch: int, given: Any, *, flash: bool) -> tuple[str, str]:
+        plain = "pass use_cache=False and no attention_mask"
+        if given is not None:
+            return "with attention_mask", plain
+        if self._caches and not flash:
+            return "with use_cache", plain
+        if flash and batch > 1:
+            return "flash attention packs into one row only: with a batch of several", (
+                "give one packed row a batch, or use model.set_attn_implementation('sdpa')"
+            )
+        return "in the form that they have", (
+            "pass position_ids that start each sequence at 0, (B, N), or where positions have "
+            "several axes (Qwen-VL) (4, B, N) with the text's in the first row"
+        )
 
 
 class LayerTap:
@@ -115,30 +179,31 @@ class LayerTap:
     def __init__(self, attention: nn.Module, layer: int, above: list[nn.Module]) -> None:
         self.attention = attention
         self.watches: list[ForwardWatch] = []
-        self._noted: list[ForwardWatch] = []
+        self._noted: dict[int, list[ForwardWatch]] = {}  # by thread
         self._layer = layer
         self._above = above  # from the attention module up to, without, the decoder
 
     def see(self, query: Tensor, key: Tensor, attention_mask: Any, options: dict[str, Any]) -> bool:
         """Record one attention call, if any capture waits; ends the forward that nobody needs."""
-        waiting = [watch for watch in self.watches if watch.awaits(self._layer)]
-        self._noted = waiting
+        # Copies: other threads may open and close captures meanwhile.
+        waiting = [watch for watch in tuple(self.watches) if watch.awaits(self._layer)]
+        self._noted[threading.get_ident()] = waiting
         if not waiting:
             return False
         record = self._record(query, key, options)
         for watch in waiting:
-            watch.take(self._layer, record, self.attention.training, attention_mask)
-        running = [w for w in open_watches if w.depth > 0 and w.decoder is waiting[0].decoder]
+            watch.take(self._layer, record, self.attention, attention_mask, options)
+        decoder = waiting[0].decoder
+        running = [w for w in tuple(open_watches) if w.runs_here and w.decoder is decoder]
         if all(watch.may_stop for watch in running):
             raise StopForward(list(self._above))
         return True
 
     def finish(self, lse: Tensor) -> None:
         """Complete the records of the call that was seen last."""
-        for watch in self._noted:
+        for watch in self._noted.pop(threading.get_ident(), []):
             record = watch.records[self._layer]
             watch.records[self._layer] = replace(record, lse=lse.detach())
-        self._noted = []
 
     def _record(self, query: Tensor, key: Tensor, options: dict[str, Any]) -> CapturedLayer:
         for option, meaning in _UNSUPPORTED_OPTIONS.items():

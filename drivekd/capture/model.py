@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from drivekd.capture.registry import forward_code
@@ -65,11 +64,17 @@ def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
 
 
 def decoder_depth(decoder: nn.Module) -> int:
-    """Number of layers of the whole model's decoder, also where only the first ones are loaded."""
+    """Number of layers of the whole model's decoder, also where only the first ones are loaded.
+
+    Where layers were taken out by hand the config still says how many there were; or else -2 would
+    quietly be another layer.
+    """
     held = len(decoder_layers(decoder))
-    places = (decoder, getattr(decoder, "config", None))
-    whole = next((d for p in places if (d := getattr(p, FULL_DEPTH, None)) is not None), None)
-    return held if whole is None else max(held, int(whole))
+    config = getattr(decoder, "config", None)
+    places = ((decoder, FULL_DEPTH), (config, FULL_DEPTH), (config, "num_hidden_layers"))
+    depths = (getattr(place, name, None) for place, name in places)
+    whole = next((depth for depth in depths if isinstance(depth, int)), held)
+    return max(held, whole)
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
@@ -135,7 +140,8 @@ def check_loaded(decoder: nn.Module, layers: Sequence[int]) -> None:
     if absent:
         raise ValueError(
             f"layers {absent} of {decoder_depth(decoder)} are not loaded: this model holds the "
-            f"first {held} only; name all wanted layers in drivekd.train.load_teacher"
+            f"first {held} only; name all wanted layers in drivekd.train.load_teacher, or, where "
+            f"these {held} are the whole model, set num_hidden_layers of its config"
         )
 
 
@@ -216,44 +222,3 @@ def check_can_stop(model: nn.Module) -> None:
                 "post-forward hooks; leave out what lies behind the wanted layers with "
                 "drivekd.train.load_teacher or truncate_teacher, and do not stop the forward"
             )
-
-
-def is_packed(position_ids: Any, attention_mask: Any) -> bool:
-    """Whether positions restart inside a row, between tokens that are both valid.
-
-    Reads values back: one synchronisation on an accelerator.
-    """
-    if not isinstance(position_ids, torch.Tensor):
-        return False
-    if position_ids.ndim == 3:
-        # Multi-axis rotary positions repeat within an image; the text positions are row 0 of 4.
-        if position_ids.shape[0] != 4:
-            return False
-        position_ids = position_ids[0]
-    jumps = position_ids[..., 1:] != position_ids[..., :-1] + 1
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        valid = attention_mask.to(jumps.device).bool()
-        jumps = jumps & valid[:, 1:] & valid[:, :-1]
-    return bool(jumps.any())
-
-
-def sees_next_token(mask: Any, batch: int, num_tokens: int, device: torch.device) -> bool:
-    """Whether some token may attend to the token after it, as image blocks and prefixes may.
-
-    Looks at the diagonal above the main one only: O(B N), one synchronisation on an accelerator.
-    """
-    if num_tokens < 2:
-        return False
-    if isinstance(mask, torch.Tensor):
-        if mask.ndim != 4:
-            return False
-        above = mask.diagonal(offset=1, dim1=-2, dim2=-1)
-        if above.dtype != torch.bool:
-            above = above > torch.finfo(above.dtype).min / 2
-        return bool(above.any())
-    mask_mod = getattr(mask, "mask_mod", None)
-    if mask_mod is None:
-        return False
-    rows = torch.arange(num_tokens - 1, device=device)[None]
-    samples = torch.arange(batch, device=device)[:, None]
-    return bool(mask_mod(samples, torch.zeros_like(rows), rows, rows + 1).any())

@@ -23,9 +23,10 @@ class CapturedLayer:
         key: (B, H_kv, N, D), after rotary embedding, not repeated over query groups.
         scale: the factor on q k^T.
         lse: (B, H, N) natural log-sum-exp of the scaled scores where the attention function
-            returns it in float32 (float64 for float64), else None, and the loss computes it.
-            Transformers' own sdpa and flash functions keep it to themselves; flex attention gives
-            it on a GPU, in the dtype of the values; the last layer of a stopped forward has none.
+            returns it in float32 (float64 for float64), else None, and the loss computes it. Flash
+            attention is asked for it (not with dropout, nor where it rounds float32 queries); flex
+            attention gives it on a GPU, in the dtype of the values; sdpa has none, nor the last
+            layer of a stopped forward. Rows of padding hold no meaning.
         window: a query at i sees the keys at j with i - window < j <= i; None: all of j <= i.
     """
 

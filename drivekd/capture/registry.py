@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from drivekd.capture import flash
 from drivekd.errors import CaptureError
 
 TAP_ATTRIBUTE = "_drivekd_tap"
@@ -44,16 +45,17 @@ class Tap(Protocol):
 def _show(
     module: nn.Module, query: Tensor, key: Tensor, attention_mask: Any, options: dict[str, Any]
 ) -> bool:
-    tap: Tap = getattr(module, TAP_ATTRIBUTE)
-    return tap.see(query, key, attention_mask, options)
+    tap: Tap | None = getattr(module, TAP_ATTRIBUTE, None)  # another thread may have taken it
+    return tap is not None and tap.see(query, key, attention_mask, options)
 
 
 @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
     reason="drivekd.capture_attention records the log-sum-exp here"
 )
 def _finish(module: nn.Module, lse: Tensor) -> None:
-    tap: Tap = getattr(module, TAP_ATTRIBUTE)
-    tap.finish(lse)
+    tap: Tap | None = getattr(module, TAP_ATTRIBUTE, None)
+    if tap is not None:
+        tap.finish(lse)
 
 
 def _log_sum_exp(result: Any, query: Tensor) -> Tensor | None:
@@ -100,8 +102,9 @@ def eager_function(module: nn.Module) -> AttentionFunction:
     return _eager_functions[module_type]
 
 
-def _wrap(inner: AttentionFunction | None) -> AttentionFunction:
+def _wrap(inner: AttentionFunction | None, name: str) -> AttentionFunction:
     """A tapped `inner`; None stands for the eager function of whatever module calls."""
+    is_flash = flash.is_flash(name)
 
     # Every model and every vision tower of the process passes through here, each with options of
     # its own: the signature has to be transparent.
@@ -113,8 +116,16 @@ def _wrap(inner: AttentionFunction | None) -> AttentionFunction:
             return function(module, query, key, value, *args, **kwargs)
         mask = args[0] if args else kwargs.get("attention_mask")
         noted = _show(module, query, key, mask, kwargs)
-        result = function(module, query, key, value, *args, **kwargs)
-        if noted and (lse := _log_sum_exp(result, query)) is not None:
+        if noted and is_flash and not torch.compiler.is_compiling():
+            result, told = flash.listen(
+                lambda: function(module, query, key, value, *args, **kwargs)
+            )
+            lse = flash.laid_out(told, query, mask)
+        else:
+            result, lse = function(module, query, key, value, *args, **kwargs), None
+        if noted and lse is None:
+            lse = _log_sum_exp(result, query)
+        if noted and lse is not None:
             _finish(module, lse)
         return result
 
@@ -152,7 +163,7 @@ def install(registry: Registry, name: str) -> Entry:
             )
         entry = next((e for e in _entries if e.name == name and e.wrapper is current), None)
         if entry is None:
-            entry = Entry(name, current, _wrap(current))
+            entry = Entry(name, current, _wrap(current, name))
             _entries.append(entry)
             registry[name] = entry.wrapper
         entry.users += 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from drivekd.data.encode import IGNORE_INDEX, TOKEN_KEYS, Encoder
-from drivekd.tokens import TokenLayout
+from drivekd.tokens import TokenLayout, reads_text_alone
 
 if TYPE_CHECKING:
     from drivekd.data.records import Record
@@ -207,12 +207,7 @@ class Collator:
 
     def _layout(self, batch: Mapping[str, Tensor]) -> TokenLayout:
         """The token layout; for a model without image tokens every token is text."""
-        places = (self.config, getattr(self.config, "text_config", None))
-        names = ("image_token_id", "image_token_index")
-        if any(getattr(place, name, None) is not None for place in places for name in names):
-            return TokenLayout.from_batch(batch, self.config)
-        valid = batch["attention_mask"] != 0
-        return TokenLayout.from_masks(torch.zeros_like(valid), valid=valid)
+        return TokenLayout.from_batch(batch, None if reads_text_alone(self.config) else self.config)
 
     def _collate(
         self, features: Sequence[Mapping[str, Tensor]], length: int | None

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from drivekd.capture import capture_attention
+from drivekd.capture.model import find_decoder, path_to
+from drivekd.errors import CaptureError
 from drivekd.losses import AttentionMapLoss
 from drivekd.study.eager import eager_loss, placed
-from drivekd.tokens import TokenLayout
+from drivekd.tokens import TokenLayout, reads_text_alone
 from drivekd.train.config import Region, SignalConfig
 from drivekd.train.models import check_same_vision
 from drivekd.train.signals import signal_loss
@@ -49,8 +51,9 @@ class Check:
     """One signal: the fused way beside the eager way, both against eager attention in float32.
 
     Errors are relative. What is allowed is twice what eager attention in the models' own dtype is
-    off by (four times for a single tensor), and never less than float32's noise. There is no use
-    in float64: transformers takes norms and softmax in float32 whatever the dtype of the weights.
+    off by (four times for a single tensor), and never less than float32's noise. That is wide in 16
+    bits, so the fused way runs in float32 too, where it may be off by that noise only. There is no
+    use in float64: transformers takes norms and softmax in float32 whatever the weights are in.
 
     Attributes:
         signal: Name.
@@ -66,6 +69,9 @@ class Check:
         worst_parameter: The parameter with the largest error for what it is allowed.
         worst_error: Its largest error, relative to its largest entry.
         worst_allowed: Bound on it.
+        float32_loss_error: Of the fused loss when both models are in float32.
+        float32_gradient_error: Of its gradients.
+        float32_allowed: Bound on both.
         gradients: Number of parameters with a gradient.
         only_fused: Parameters that have a gradient the fused way only.
         only_eager: Parameters that have one the eager way only.
@@ -75,7 +81,7 @@ class Check:
         peak_bytes_eager: The same the eager way.
         verdict: "agrees", "differs", or "nothing to learn" where both ways find that student and
             teacher have the same maps, or that no cell counts (a batch without image).
-        reasons: What differs; empty when it agrees.
+        reasons: What differs, or why there is nothing to learn; empty when it agrees.
     """
 
     signal: str
@@ -91,6 +97,9 @@ class Check:
     worst_parameter: str
     worst_error: float
     worst_allowed: float
+    float32_loss_error: float
+    float32_gradient_error: float
+    float32_allowed: float
     gradients: int
     only_fused: tuple[str, ...]
     only_eager: tuple[str, ...]
@@ -124,7 +133,8 @@ def verify(
         batch: Inputs of the models, on the student's device; other entries than tensors and the
             labels are left out.
         signals: What is compared; those of kind "logits" are left out. Default: the paper's three.
-        tokens: What each token is; None reads it from the batch and the student's config.
+        tokens: What each token is; None reads it from the batch and the student's config. For
+            InternVL's remote code `TokenLayout.from_batch(batch, student)`.
         autocast: dtype under which both ways run; None for none.
         repeats: How often each way is timed.
 
@@ -140,12 +150,14 @@ def verify(
     if not chosen:
         raise ValueError("signals holds none of kind 'attention'; there is nothing to compare")
     inputs = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
-    layout = TokenLayout.from_batch(inputs, student.config) if tokens is None else tokens
+    if tokens is None:
+        config = student.config
+        tokens = TokenLayout.from_batch(inputs, None if reads_text_alone(config) else config)
     checks = []
     for signal in chosen:
         teacher = teachers if isinstance(teachers, nn.Module) else teachers[signal.teacher]
         check_same_vision(signal.teacher, teacher, student)
-        checks.append(_check(signal, student, teacher, inputs, layout, autocast, repeats))
+        checks.append(_check(signal, student, teacher, inputs, tokens, autocast, repeats))
     return checks
 
 
@@ -164,7 +176,7 @@ def _check(
     place = next(student.parameters()).device
     dtype = autocast or next(student.parameters()).dtype
 
-    def fused() -> Tensor:
+    def fused(student: nn.Module = student, teacher: nn.Module = teacher) -> Tensor:
         captured = capture_attention(teacher, settings.teacher_layers, stop_after_last=True)
         with torch.no_grad(), captured:
             teacher(**placed(inputs, teacher), use_cache=False)
@@ -189,6 +201,9 @@ def _check(
             model.float()
         inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
         loss_exact, gradients_exact = _gradients(eager_student, eager)
+        loss_float32, gradients_float32 = _gradients(
+            eager_student, lambda: fused(eager_student, eager_teacher)
+        )
 
     floor = max(FLOOR, torch.finfo(dtype).eps / 2)  # half: one rounding
     error, error_eager = (
@@ -196,6 +211,9 @@ def _check(
     )
     scale = abs(loss_exact) or 1.0
     loss_error = abs(loss - loss_exact) / scale
+    float32_loss_error = abs(loss_float32 - loss_exact) / scale
+    float32_gradient_error = _whole_error(gradients_float32, gradients_exact)
+    float32_allowed = FLOOR + _ROUNDING[settings.loss] / scale
     loss_allowed = _WHOLE * max(abs(loss_eager - loss_exact) / scale, error_eager) + floor
     gradient_allowed = _WHOLE * error_eager + floor
     largest = max((each.abs().max().item() for each in gradients_exact.values()), default=0.0)
@@ -219,11 +237,16 @@ def _check(
         reasons.append(f"gradients are off by {error:.1e}, {gradient_allowed:.1e} is allowed")
     if not worst[1] <= worst[2]:
         reasons.append(f"the gradient of {worst[0]} is off by {worst[1]:.1e}")
+    if not max(float32_loss_error, float32_gradient_error) <= float32_allowed:
+        reasons.append(
+            f"in float32 the loss is off by {float32_loss_error:.1e} and the gradients by "
+            f"{float32_gradient_error:.1e}, {float32_allowed:.1e} is allowed"
+        )
     for names, way in ((only_fused, "fused"), (only_eager, "eager")):
         if names:
             reasons.append(f"{len(names)} gradients exist the {way} way only, such as {names[0]}")
     if is_nothing:
-        reasons = []
+        reasons = ["both ways: " + _why_nothing(settings, tokens, max(abs(loss), abs(loss_exact)))]
     verdict = NOTHING if is_nothing else DIFFERS if reasons else AGREES
     return Check(
         signal=signal.name,
@@ -239,6 +262,9 @@ def _check(
         worst_parameter=worst[0],
         worst_error=worst[1],
         worst_allowed=worst[2],
+        float32_loss_error=float32_loss_error,
+        float32_gradient_error=float32_gradient_error,
+        float32_allowed=float32_allowed,
         gradients=len(gradients),
         only_fused=only_fused,
         only_eager=only_eager,
@@ -249,6 +275,16 @@ def _check(
         verdict=verdict,
         reasons=tuple(reasons),
     )
+
+
+def _why_nothing(settings: AttentionMapLoss, tokens: TokenLayout, loss: float) -> str:
+    if settings.region == "text_to_vision":
+        has_cells = tokens.is_vision.any(1) & tokens.is_text.any(1)
+        if not bool(has_cells.any()):
+            return "no sample of the batch has text and image tokens"
+    if loss == 0.0:
+        return "no cell of the batch counts, or student and teacher have the very same maps"
+    return "student and teacher have the same maps but for rounding"
 
 
 @contextlib.contextmanager
@@ -270,10 +306,17 @@ def _autocast(place: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
         yield
 
 
-def _eager_copy(model: nn.Module) -> Any:
-    twin: Any = copy.deepcopy(model)
-    twin.set_attn_implementation("eager")
-    return twin
+def _eager_copy(model: nn.Module) -> nn.Module:
+    """A copy with eager attention, of its language model only where nothing more can switch."""
+    twin = copy.deepcopy(model)
+    for _, module in path_to(twin, find_decoder(twin)):
+        if callable(switch := getattr(module, "set_attn_implementation", None)):
+            switch("eager")
+            return twin
+    raise CaptureError(
+        f"{type(model).__name__} holds no transformers model, so that there is no eager attention "
+        "to compare with"
+    )
 
 
 def _gradients(

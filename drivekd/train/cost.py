@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from drivekd.capture.model import decoder_layers, find_decoder
 from drivekd.train.config import LayerSpec
+from drivekd.train.models import check_same_vision_configs
 from drivekd.train.recipe import Recipe
 from drivekd.train.teachers import (
     base_class,
@@ -148,6 +149,7 @@ def recipe_costs(recipe: Recipe) -> list[LoadingCost]:
 
     Raises:
         ValueError: A layer does not exist, or a checkpoint lacks a weight that is needed.
+        TokenMismatchError: A teacher makes other tokens of an image than the student.
         OSError: A checkpoint cannot be read.
     """
     costs = [loading_cost(recipe.student, None, role="student", dtype=recipe.dtype)]
@@ -157,6 +159,8 @@ def recipe_costs(recipe: Recipe) -> list[LoadingCost]:
         by_place.setdefault(recipe.teachers[name], []).append(name)
     for path, names in by_place.items():
         together = [needs[name] for name in names]
+        configs = (read_config(each, local_files_only=True) for each in (path, recipe.student))
+        check_same_vision_configs(*configs, name=names[0])
         whole = any(layers is None for layers in together)
         layers = [layer for role in together if role is not None for layer in role]
         costs.append(

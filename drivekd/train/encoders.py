@@ -10,6 +10,7 @@ import transformers
 from drivekd.data.encode import Encoder, ProcessorEncoder, SingleTileEncoder
 from drivekd.errors import RecipeError
 from drivekd.train.recipe import EncoderConfig
+from drivekd.train.teachers import read_config
 
 _TILE_SETTINGS = ("image_size", "image_mean", "image_std", "start_image_token", "end_image_token")
 
@@ -28,10 +29,14 @@ def build_encoder(
         The encoder, and the tokenizer or processor to save beside the student.
 
     Raises:
-        RecipeError: A setting is missing for this checkpoint, or belongs to the other kind.
+        RecipeError: A setting is missing for this checkpoint, or belongs to the other kind; or
+            the checkpoint is remote code.
         OSError: The checkpoint has no tokenizer or processor.
     """
-    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    try:
+        config = read_config(checkpoint)
+    except ValueError as error:  # remote code
+        raise RecipeError(f"student: {error}") from error
     kind = settings.kind
     if kind == "auto":
         is_internvl = hasattr(config, "image_seq_length") and hasattr(config, "downsample_ratio")

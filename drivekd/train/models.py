@@ -13,7 +13,12 @@ from torch import nn
 
 from drivekd.errors import RecipeError, TokenMismatchError
 from drivekd.train.config import LayerSpec, nearest
-from drivekd.train.teachers import load_teacher, share_equal_weights
+from drivekd.train.teachers import (
+    check_complete,
+    load_teacher,
+    read_config,
+    share_equal_weights,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -32,22 +37,22 @@ def load_model(
         The model on the CPU, in eval mode.
 
     Raises:
-        ValueError: The checkpoint is of another kind of model or lacks weights, so that some
-            would stay at their random start.
+        ValueError: The checkpoint is of another kind of model, is remote code, or lacks weights,
+            so that some would stay at their random start.
         OSError: There is no such checkpoint.
     """
-    config = transformers.AutoConfig.from_pretrained(path)
+    config = read_config(path)
     image_text = transformers.AutoModelForImageTextToText
     is_image_text = type(config) in image_text._model_mapping
     auto = image_text if is_image_text else transformers.AutoModelForCausalLM
     model, report = auto.from_pretrained(
-        path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        path,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
-    if report["missing_keys"]:
-        raise ValueError(
-            f"{path} lacks the weights {sorted(report['missing_keys'])[:5]} of "
-            f"{type(model).__name__}; give a checkpoint with its language-model head"
-        )
+    check_complete(path, type(model), report)
     return model
 
 
@@ -100,6 +105,7 @@ def prepare_teachers(
                 ]
                 layers = [needs[role] for role in roles]
                 loaded[place] = _load(name, teacher, layers, device, dtype)
+                share_equal_weights(loaded.values())  # before the next one takes memory
             teacher = loaded[place]
         if not isinstance(teacher, nn.Module):
             raise TypeError(
@@ -164,9 +170,17 @@ def check_same_vision(name: str, teacher: nn.Module, student: nn.Module) -> None
     Raises:
         TokenMismatchError: A setting that decides over tokens differs; names it and both values.
     """
-    configs = [getattr(model, "config", None) for model in (student, teacher)]
+    check_same_vision_configs(*(getattr(m, "config", None) for m in (teacher, student)), name=name)
+
+
+def check_same_vision_configs(teacher: Any, student: Any, *, name: str) -> None:
+    """`check_same_vision` on the configs alone, before anything is loaded.
+
+    Raises:
+        TokenMismatchError: As `check_same_vision`.
+    """
     for setting in _VISION_SETTINGS:
-        own, other = (_setting(config, setting) for config in configs)
+        own, other = (_setting(config, setting) for config in (student, teacher))
         if own != other:
             raise TokenMismatchError(
                 f"teacher {name!r} has {setting} {other} but the student {own}; both must see the "

@@ -24,6 +24,7 @@ from drivekd.train.encoders import build_encoder
 from drivekd.train.models import load_model
 from drivekd.train.recipe import Recipe
 from drivekd.train.saving import what_to_do
+from drivekd.train.teachers import read_config
 from drivekd.train.trainer import DistillTrainer
 from drivekd.train.tuning import add_adapters, freeze, has_adapters, merge_adapters
 
@@ -215,12 +216,17 @@ def check_tokenizer(name: str, path: str | Path, tokenizer: Any) -> None:
 
     Raises:
         TokenMismatchError: A token has different ids, or the teacher lacks it.
+        RecipeError: The checkpoint is remote code.
     """
     local = Path(path)
     if local.is_dir() and not any(local.glob("tokenizer*")) and not (local / "vocab.json").exists():
         return
+    try:
+        read_config(path)  # before transformers asks on the terminal whether to run remote code
+    except ValueError as error:
+        raise RecipeError(f"teacher {name!r}: {error}") from error
     theirs = transformers.AutoTokenizer.from_pretrained(path).get_vocab()
-    for token, index in tokenizer.get_vocab().items():
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]):
         if theirs.get(token) != index:
             raise TokenMismatchError(
                 f"teacher {name!r} ({path}) gives the token {token!r} the id {theirs.get(token)}, "

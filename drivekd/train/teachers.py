@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.utils.hub import cached_file
 
 from drivekd.capture.model import (
     FULL_DEPTH,
@@ -81,9 +82,10 @@ def load_teacher(
             dtype=dtype,
             attn_implementation=attn_implementation,
             device_map=None if torch.device(device).type == "cpu" else {"": device},
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-        _check_complete(path, model_class, report)
+        check_complete(path, model_class, report)
         return model.eval().requires_grad_(False)
     with checkpoint:
         model = from_checkpoint(
@@ -122,9 +124,10 @@ def from_checkpoint(
             dtype=dtype,
             attn_implementation=attn_implementation,
             device_map=None if torch.device(device).type == "cpu" else {"": device},
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    _check_complete(checkpoint.path, model_class, report)
+    check_complete(checkpoint.path, model_class, report)
     model.config.name_or_path = checkpoint.path
     return model
 
@@ -146,11 +149,28 @@ def _state_dict(model_class: Any, checkpoint: Checkpoint, config: Any) -> dict[s
     return tensors
 
 
-def _check_complete(path: str | Path, model_class: Any, report: dict[str, Any]) -> None:
+def check_complete(path: str | Path, model_class: Any, report: dict[str, Any]) -> None:
+    """Raise unless all weights were there, in the shapes that the config wants.
+
+    Args:
+        path: The checkpoint, for the message.
+        model_class: What was loaded.
+        report: The loading info of `from_pretrained(..., ignore_mismatched_sizes=True)`.
+
+    Raises:
+        ValueError: A weight would stay at its random start.
+    """
     if report["missing_keys"]:
         raise ValueError(
             f"{path} lacks the weights {sorted(report['missing_keys'])[:5]} of "
             f"{model_class.__name__}"
+        )
+    if report["mismatched_keys"]:
+        name, saved, wanted = sorted(report["mismatched_keys"])[0]
+        raise ValueError(
+            f"{path} does not fit its config: {name} is saved with shape {tuple(saved)}, "
+            f"{model_class.__name__} with this config has {tuple(wanted)} "
+            f"({len(report['mismatched_keys'])} such weights)"
         )
 
 
@@ -204,7 +224,7 @@ def share_equal_weights(models: Iterable[nn.Module]) -> int:
                 continue
             key = (name, parameter.shape, parameter.dtype, parameter.device)
             candidates = kept.setdefault(key, [])
-            same = next((each for each in candidates if torch.equal(each, parameter)), None)
+            same = next((each for each in candidates if _is_equal(each, parameter)), None)
             if same is None:
                 candidates.append(parameter.data)
             elif same.data_ptr() != parameter.data_ptr():
@@ -213,27 +233,54 @@ def share_equal_weights(models: Iterable[nn.Module]) -> int:
     return freed
 
 
+def _is_equal(first: Tensor, second: Tensor) -> bool:
+    return first.data_ptr() == second.data_ptr() or torch.equal(first, second)
+
+
 def read_config(
     path: str | Path, *, revision: str | None = None, local_files_only: bool = False
 ) -> Any:
     """The config of a checkpoint that transformers' own classes can load.
 
     Raises:
-        ValueError: The checkpoint is of remote code.
+        ValueError: The checkpoint is of remote code, or an adapter without its model.
         OSError: There is no such checkpoint.
     """
     if not Path(path).is_dir() and (Path(path).is_absolute() or str(path).startswith(".")):
         raise FileNotFoundError(f"{path} is not a folder of a saved model")
     options = {"revision": revision, "local_files_only": local_files_only}
-    raw, _ = transformers.PreTrainedConfig.get_config_dict(path, **options)
+    try:
+        raw, _ = transformers.PreTrainedConfig.get_config_dict(path, **options)
+    except OSError:
+        raw = {}
+        if not _has_adapter(path, options):
+            raise
+    if "model_type" not in raw and _has_adapter(path, options):
+        raise ValueError(
+            f"{path} holds an adapter only, not the model that it belongs to; merge it first: "
+            "load both with peft (AutoPeftModelForCausalLM, or PeftModel.from_pretrained on the "
+            "loaded model), then model.merge_and_unload().save_pretrained(FOLDER)"
+        )
     if "auto_map" in raw and raw.get("model_type") not in transformers.CONFIG_MAPPING:
         raise ValueError(
-            f"{path} is remote code ({raw.get('model_type')}), which is not loaded in parts; take "
-            "the checkpoint in transformers' own format (for InternVL3 the one whose name ends in "
-            "-hf), or load the model yourself and hand it in: capture stops it after the last "
-            "layer that is needed"
+            f"{path} is remote code ({raw.get('model_type')}), which is not loaded here; take the "
+            "checkpoint in transformers' own format (for InternVL3 the one whose name ends in "
+            "-hf). In a loop of your own, load the model yourself: drivekd.capture_attention takes "
+            "it and stops it early, drivekd.train.truncate_teacher cuts a teacher down"
         )
     return transformers.AutoConfig.from_pretrained(path, **options)
+
+
+def _has_adapter(path: str | Path, options: dict[str, Any]) -> bool:
+    """Whether a checkpoint is what peft saves: weights beside those of a model elsewhere."""
+    found = cached_file(
+        str(path),
+        "adapter_config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **options,
+    )
+    return found is not None
 
 
 def num_layers(config: Any) -> int:

@@ -6,11 +6,11 @@ import torch
 TOLERANCE = 1e-6
 
 
-def head_mean_map(record, valid, segment_ids=None):
-    """(B, N, N) map by a plain softmax: causal, window, padding and segments, in float64."""
+def scores(record, valid, segment_ids=None):
+    """(B, H, N, N) scaled scores in float64, -inf where a token does not see another."""
     query, key = record.query.double(), record.key.double()
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = record.scale * query @ key.transpose(-1, -2)
+    values = record.scale * query @ key.transpose(-1, -2)
     tokens = torch.arange(query.shape[2])
     distance = tokens[:, None] - tokens[None]
     visible = (distance >= 0)[None] & valid[:, None, :]
@@ -18,8 +18,12 @@ def head_mean_map(record, valid, segment_ids=None):
         visible = visible & (distance < record.window)
     if segment_ids is not None:
         visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    scores = scores.masked_fill(~visible[:, None], -torch.inf)
-    return scores.softmax(-1).nan_to_num(0.0).mean(1)
+    return values.masked_fill(~visible[:, None], -torch.inf)
+
+
+def head_mean_map(record, valid, segment_ids=None):
+    """(B, N, N) map by a plain softmax: causal, window, padding and segments, in float64."""
+    return scores(record, valid, segment_ids).softmax(-1).nan_to_num(0.0).mean(1)
 
 
 def eager_attentions(model, inputs, **options):
@@ -35,6 +39,13 @@ def assert_maps_equal(captured, attentions, valid):
         torch.testing.assert_close(got[valid], expected[valid], atol=TOLERANCE, rtol=0)
 
 
+def gradients(model, loss):
+    """Gradients of all parameters that have one, by name."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {n: g for n, g in zip(named, found, strict=True) if g is not None}
+
+
 def map_loss(maps, valid):
     """Unequal weights, so that no gradient cancels within a softmax row."""
     weights = torch.linspace(-1.0, 2.0, maps.numel(), dtype=maps.dtype).view_as(maps)
@@ -42,10 +53,7 @@ def map_loss(maps, valid):
 
 
 def loss_gradients(model, maps, valid):
-    loss = sum(map_loss(m, valid) for m in maps)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return {n: g for n, g in zip(parameters, grads, strict=True) if g is not None}
+    return gradients(model, sum(map_loss(m, valid) for m in maps))
 
 
 def assert_gradients_equal(got, expected, *, more_than=20):
@@ -57,3 +65,12 @@ def assert_gradients_equal(got, expected, *, more_than=20):
         torch.testing.assert_close(
             got[name], grad, atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def same_records(first, second, layers):
+    """Whether two captures hold the same queries and keys, to the bit."""
+    return all(
+        torch.equal(getattr(first[i], name), getattr(second[i], name))
+        for i in layers
+        for name in ("query", "key")
+    )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 import transformers
 from torch import nn
+
+from drivekd.tokens import TokenLayout
 
 VOCAB = 320
 IMAGE = 300
@@ -20,8 +22,21 @@ IMAGE_TOKENS = 4
 Inputs = dict[str, torch.Tensor]
 
 
-def _text_settings(layers: int, hidden: int, heads: int, kv_heads: int) -> dict[str, Any]:
-    return {
+class Shape(TypedDict, total=False):
+    """What every family's decoder can be made with."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def _text_settings(
+    layers: int = 4, hidden: int = 64, heads: int = 4, kv_heads: int = 2, head_dim: int = 0
+) -> dict[str, Any]:
+    wide = {"head_dim": head_dim} if head_dim else {}
+    return wide | {
         "vocab_size": VOCAB,
         "hidden_size": hidden,
         "intermediate_size": 96,
@@ -51,16 +66,13 @@ def _finish(model: nn.Module, seed: int, std: float = 0.15) -> nn.Module:
 
 def qwen2(
     *,
-    layers: int = 4,
-    hidden: int = 64,
-    heads: int = 4,
-    kv_heads: int = 2,
     seed: int = 0,
     sliding_window: int | None = None,
     first_sliding_layer: int = 2,
+    **shape: Unpack[Shape],
 ) -> Any:
     """Qwen2ForCausalLM; with `sliding_window` the layers from `first_sliding_layer` on slide."""
-    settings = _text_settings(layers, hidden, heads, kv_heads)
+    settings = _text_settings(**shape)
     if sliding_window is not None:
         settings |= {
             "use_sliding_window": True,
@@ -70,19 +82,15 @@ def qwen2(
     return _finish(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**settings)), seed)
 
 
-def llama(
-    *, layers: int = 4, hidden: int = 64, heads: int = 4, kv_heads: int = 2, seed: int = 0
-) -> Any:
+def llama(*, seed: int = 0, **shape: Unpack[Shape]) -> Any:
     """LlamaForCausalLM."""
-    settings = _text_settings(layers, hidden, heads, kv_heads)
+    settings = _text_settings(**shape)
     return _finish(transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)), seed)
 
 
-def qwen3(
-    *, layers: int = 4, hidden: int = 64, heads: int = 4, kv_heads: int = 2, seed: int = 0
-) -> Any:
+def qwen3(*, seed: int = 0, head_dim: int = 24, **shape: Unpack[Shape]) -> Any:
     """Qwen3ForCausalLM: query and key norms, heads wider than the hidden size over their number."""
-    settings = _text_settings(layers, hidden, heads, kv_heads) | {"head_dim": 24}
+    settings = _text_settings(head_dim=head_dim, **shape)
     return _finish(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**settings)), seed)
 
 
@@ -95,19 +103,12 @@ _VISION = {
 }
 
 
-def internvl(
-    *,
-    layers: int = 4,
-    hidden: int = 64,
-    heads: int = 4,
-    kv_heads: int = 2,
-    seed: int = 0,
-    text: str = "qwen2",
-) -> Any:
+def internvl(*, seed: int = 0, text: str = "qwen2", **shape: Unpack[Shape]) -> Any:
     """InternVLForConditionalGeneration around Qwen2; four tokens per 56 x 56 image."""
+    settings = _text_settings(**shape)
     config = transformers.InternVLConfig(
         vision_config={**_VISION, "image_size": (56, 56), "patch_size": (14, 14)},
-        text_config={"model_type": text, **_text_settings(layers, hidden, heads, kv_heads)},
+        text_config={"model_type": text, **settings},
         image_token_id=IMAGE,
         image_seq_length=IMAGE_TOKENS,
         downsample_ratio=0.5,
@@ -116,21 +117,25 @@ def internvl(
 
 
 def llava_onevision(
-    *, layers: int = 4, hidden: int = 64, heads: int = 4, kv_heads: int = 2, seed: int = 0
+    *, seed: int = 0, grids: Sequence[Sequence[int]] = ((28, 28),), **shape: Unpack[Shape]
 ) -> Any:
     """LlavaOnevisionForConditionalGeneration: SigLIP tower, Qwen2 language model."""
+    settings = _text_settings(**shape)
     config = transformers.LlavaOnevisionConfig(
         vision_config={"model_type": "siglip_vision_model", **_VISION, "image_size": 28},
-        text_config={"model_type": "qwen2", **_text_settings(layers, hidden, heads, kv_heads)},
+        text_config={"model_type": "qwen2", **settings},
         image_token_index=IMAGE,
         video_token_index=VIDEO,
-        image_grid_pinpoints=[[28, 28]],
+        image_grid_pinpoints=[list(grid) for grid in grids],
         vision_feature_layer=-1,
     )
     return _finish(transformers.LlavaOnevisionForConditionalGeneration(config), seed)
 
 
-def _qwen_vl_settings(layers: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+def _qwen_vl_settings(
+    **shape: Unpack[Shape],
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+    text = _text_settings(**shape)
     vision = {
         "depth": 2,
         "hidden_size": 32,
@@ -140,7 +145,7 @@ def _qwen_vl_settings(layers: int) -> tuple[dict[str, Any], dict[str, Any], dict
         "patch_size": 14,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
-        "out_hidden_size": 64,
+        "out_hidden_size": text["hidden_size"],
     }
     tokens = {
         "image_token_id": IMAGE,
@@ -148,13 +153,19 @@ def _qwen_vl_settings(layers: int) -> tuple[dict[str, Any], dict[str, Any], dict
         "vision_start_token_id": VISION_START,
         "vision_end_token_id": VISION_END,
     }
-    return vision, _text_settings(layers, 64, 4, 2), tokens
+    return vision, text, tokens
 
 
-def qwen2_5_vl(*, layers: int = 4, seed: int = 0) -> Any:
+def _rope(head_dim: int, sections: list[int]) -> dict[str, Any]:
+    """Rotary settings; of other head dims than the usual 16 the first axis takes the rest."""
+    sections = [sections[0] + head_dim // 2 - sum(sections), *sections[1:]]
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+
+
+def qwen2_5_vl(*, seed: int = 0, **shape: Unpack[Shape]) -> Any:
     """Qwen2_5_VLForConditionalGeneration with multi-axis rotary positions."""
-    vision, text, tokens = _qwen_vl_settings(layers)
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    vision, text, tokens = _qwen_vl_settings(**shape)
+    rope = _rope(text["hidden_size"] // text["num_attention_heads"], [2, 3, 3])
     config = transformers.Qwen2_5_VLConfig(
         vision_config={**vision, "window_size": 112, "fullatt_block_indexes": [1]},
         text_config={**text, "rope_parameters": rope},
@@ -163,18 +174,13 @@ def qwen2_5_vl(*, layers: int = 4, seed: int = 0) -> Any:
     return _finish(transformers.Qwen2_5_VLForConditionalGeneration(config), seed)
 
 
-def qwen3_vl(*, layers: int = 4, seed: int = 0) -> Any:
+def qwen3_vl(*, seed: int = 0, head_dim: int = 16, **shape: Unpack[Shape]) -> Any:
     """Qwen3VLForConditionalGeneration: query and key norms, interleaved rotary axes, deepstack."""
-    vision, text, tokens = _qwen_vl_settings(layers)
-    rope = {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "mrope_section": [4, 2, 2],
-        "mrope_interleaved": True,
-    }
+    vision, text, tokens = _qwen_vl_settings(head_dim=head_dim, **shape)
+    rope = _rope(head_dim, [4, 2, 2]) | {"mrope_interleaved": True}
     config = transformers.Qwen3VLConfig(
         vision_config={**vision, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
-        text_config={**text, "head_dim": 16, "rope_parameters": rope},
+        text_config={**text, "rope_parameters": rope},
         **tokens,
     )
     return _finish(transformers.Qwen3VLForConditionalGeneration(config), seed)
@@ -230,6 +236,13 @@ def llava_inputs(*, batch: int = 2, padding: str | None = None, seed: int = 0) -
     inputs["image_sizes"] = torch.tensor([[28, 28]] * batch)
     inputs["batch_num_images"] = torch.ones(batch, dtype=torch.int64)
     return _with_padding(inputs)
+
+
+def layout_of(inputs: Inputs) -> TokenLayout:
+    """Image tokens and padding of these inputs."""
+    return TokenLayout.from_masks(
+        inputs["input_ids"] == IMAGE, valid=inputs["attention_mask"].bool()
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A trainer over toy models and eight records."""
+"""A trainer over toy models and eight records; checkpoints of all families."""
 
 import copy
 
@@ -6,6 +6,8 @@ import pytest
 from transformers import TrainingArguments
 
 from drivekd.train import DistillTrainer
+from drivekd.train import teachers as loading
+from drivekd.train.weights import Checkpoint
 from tests.helpers import toy_data, toy_models
 from tests.helpers.trainers import (
     SETTINGS,
@@ -65,3 +67,33 @@ def make(models, tmp_path):
         )
 
     return make
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Folders of whole models by family, five layers each, in shards of at most 100 kB."""
+    folder = tmp_path_factory.mktemp("teachers")
+
+    def save(family):
+        place = folder / family
+        if not place.exists():
+            toy_models.FAMILIES[family].model(layers=5).save_pretrained(
+                place, max_shard_size="100KB"
+            )
+        return place
+
+    return save
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The checkpoints that are opened, with the bytes that were read of each tensor."""
+    opened = []
+
+    class Noted(Checkpoint):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            opened.append(self)
+
+    monkeypatch.setattr(loading, "Checkpoint", Noted)
+    return opened

@@ -1,12 +1,14 @@
 """What capture_attention promises besides the numbers: arguments, records, and no trace left."""
 
 import sys
+import threading
 
 import pytest
 import torch
 from transformers.modeling_utils import AttentionInterface
 
 from drivekd.capture import capture_attention
+from drivekd.capture.model import find_decoder
 from drivekd.errors import CaptureError
 from tests.helpers.toy_models import image_inputs, internvl, llama, qwen2, text_inputs
 from tests.helpers.traces import run, traces
@@ -26,6 +28,22 @@ def test_negative_and_duplicate_layers_are_one_record():
 def test_layers_that_do_not_exist_are_named_with_the_depth(layers):
     with pytest.raises(ValueError, match=r"layers \[.*\] do not exist: .*decoder has 4 layers"):
         capture_attention(qwen2(), layers)
+
+
+@pytest.mark.parametrize("make", [qwen2, internvl])
+def test_layers_that_were_taken_out_by_hand_do_not_shift_the_others(make):
+    """The penultimate of five would become another's second without a word."""
+    model = make(layers=5)
+    decoder = find_decoder(model)
+    inputs = text_inputs() if make is qwen2 else image_inputs()
+    decoder.layers = decoder.layers[:3]
+    with pytest.raises(
+        ValueError, match=r"layers \[3\] of 5 are not loaded.*set num_hidden_layers"
+    ):
+        capture_attention(model, [-2])
+    assert run(model, inputs, [1]).num_layers == 5
+    decoder.config.num_hidden_layers = 3
+    assert run(model, inputs, [-2]).layers == (1,)
 
 
 @pytest.mark.parametrize("layers", [0, "0", [0.0], [True], [None], {0, 1}])
@@ -251,6 +269,97 @@ def test_something_registered_over_the_wrapper_stays():
         assert AttentionInterface._global_mapping["sdpa"] is theirs
     finally:
         AttentionInterface.register("sdpa", original)
+
+
+# --- threads ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_threads_that_share_a_model_get_the_records_of_their_own_forwards(implementation):
+    """And are stopped, or not, each by itself: as with one teacher behind several loaders."""
+    model = internvl()
+    model.set_attn_implementation(implementation)
+    batches = [image_inputs(seed=seed) for seed in range(4)]
+    expected = [run(model, inputs, [0, 2]) for inputs in batches]
+    before = traces(model)
+    barrier, faults = threading.Barrier(5), []
+
+    def work(index):
+        stops = bool(index % 2)
+        try:
+            for _ in range(4):
+                barrier.wait()
+                with (
+                    torch.no_grad(),
+                    capture_attention(model, [0, 2], stop_after_last=stops) as captured,
+                ):
+                    assert (model(**batches[index], use_cache=False) is None) == stops
+                assert captured.input_ids is batches[index]["input_ids"]
+                for layer in (0, 2):
+                    assert torch.equal(captured[layer].query, expected[index][layer].query)
+        except BaseException as error:
+            faults.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    with torch.no_grad():
+        for _ in range(4):  # this thread captures nothing, and is never stopped
+            barrier.wait()
+            assert model(**batches[0]).logits.shape == (2, 24, 320)
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert traces(model) == before
+
+
+def test_a_forward_in_another_thread_is_not_the_captures():
+    model = qwen2()
+    match = "in the thread that opened it"
+    with pytest.raises(CaptureError, match=match), capture_attention(model, [0]):
+        thread = threading.Thread(target=model, kwargs=text_inputs())
+        thread.start()
+        thread.join()
+
+
+# --- exceptions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("place", "stops"),
+    [("vision", True), ("before", False), ("before", True), ("inside", True), ("after", False)],
+)
+def test_an_exception_anywhere_leaves_no_trace(implementation, place, stops):
+    """In the vision tower, in a layer before, in the attention of a wanted one, and behind it."""
+    model, inputs = internvl(), image_inputs(padding="left")
+    model.set_attn_implementation(implementation)
+    decoder = model.model.language_model
+    part = {
+        "vision": model.model.vision_tower.encoder.layer[0],
+        "before": decoder.layers[0].mlp,
+        "inside": decoder.layers[2].self_attn.k_proj,
+        "after": decoder.layers[2].mlp,
+    }[place]
+
+    def fail(*_):
+        raise ZeroDivisionError(place)
+
+    before = traces(model)
+    handle = part.register_forward_pre_hook(fail)
+    with torch.no_grad(), capture_attention(model, [1]) as outer:
+        during = traces(model)
+        with (
+            pytest.raises(ZeroDivisionError, match=place),
+            capture_attention(model, [1, 2], stop_after_last=stops),
+        ):
+            model(**inputs, use_cache=False)
+        assert traces(model) == during
+        handle.remove()
+        model(**inputs, use_cache=False)
+    assert traces(model) == before
+    assert torch.equal(outer[1].query, run(model, inputs, [1])[1].query)
 
 
 # --- imports ------------------------------------------------------------------------------------

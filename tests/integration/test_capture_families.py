@@ -6,95 +6,13 @@ import torch
 from drivekd.capture import capture_attention
 from drivekd.errors import TokenMismatchError
 from drivekd.losses import AttentionMapLoss
-from drivekd.study.eager import eager_loss
 from drivekd.tokens import TokenLayout
-from tests.helpers.maps import assert_gradients_equal, assert_maps_equal
-from tests.helpers.remote_code import TILE, InternVLChat
+from tests.helpers.maps import gradients
+from tests.helpers.modes import assert_like_eager, captured_loss
 from tests.helpers.toy_models import FAMILIES, IMAGE, IMAGE_TOKENS, VIDEO, image_inputs, internvl
-from tests.helpers.traces import traces
 
 PERCEPTION = AttentionMapLoss(student_layers=[0], teacher_layers=[0], region="text_to_vision")
 PLANNING = AttentionMapLoss(student_layers=[2], teacher_layers=[3], region="text_to_vision")
-
-
-def gradients(model, loss):
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {n: g for n, g in zip(named, found, strict=True) if g is not None}
-
-
-def captured_loss(student, teacher, inputs, tokens, settings=PLANNING):
-    with (
-        torch.no_grad(),
-        capture_attention(teacher, settings.teacher_layers, stop_after_last=True) as targets,
-    ):
-        teacher(**inputs, use_cache=False)
-    with capture_attention(student, settings.student_layers) as own:
-        student(**inputs, use_cache=False)
-    return settings(own, targets, tokens)
-
-
-def assert_like_eager(student, teacher, inputs, tokens):
-    """Fused under sdpa against maps of eager attention, loss and gradients."""
-    loss = captured_loss(student, teacher, inputs, tokens)
-    found = gradients(student, loss)
-    for model in (student, teacher):
-        model.set_attn_implementation("eager")
-    expected = eager_loss(student, teacher, inputs, tokens, PLANNING)
-    assert expected > 1e-5
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    assert_gradients_equal(found, gradients(student, expected))
-
-
-# --- InternVL's remote code ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def remote():
-    model = InternVLChat(layers=4, seed=1)
-    inputs = image_inputs(padding="left")
-    return model, inputs, inputs["attention_mask"].bool()
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_remote_code_container_gives_the_maps_of_its_language_model(remote, implementation):
-    model, inputs, valid = remote
-    with torch.no_grad():
-        model.language_model.set_attn_implementation("eager")
-        attentions = model(**inputs, output_attentions=True, use_cache=False).attentions
-        model.language_model.set_attn_implementation(implementation)
-        before = traces(model)
-        for stop in (False, True):
-            with capture_attention(model, [0, -2], stop_after_last=stop) as captured:
-                output = model(**inputs, use_cache=False)
-            assert (output is None) == stop
-            assert_maps_equal(captured, attentions, valid)
-            assert captured.input_ids is inputs["input_ids"]
-        assert traces(model) == before
-
-
-def test_remote_code_container_trains_and_then_generates(remote):
-    model, inputs, _ = remote
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
-    tokens = TokenLayout.from_batch(inputs, model)
-    teacher = InternVLChat(layers=5, seed=2).requires_grad_(False)
-    with torch.no_grad(), capture_attention(teacher, [0], stop_after_last=True) as targets:
-        teacher(**inputs)
-    with capture_attention(model, [0]) as own:
-        output = model(**inputs, labels=labels)
-    found = gradients(model, output.loss + PERCEPTION(own, targets, tokens))
-    assert {"mlp1.1.weight", "vision_model.patch_embedding.weight"} <= found.keys()
-    prompt = {"pixel_values": inputs["pixel_values"], "input_ids": inputs["input_ids"]}
-    assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[0] == 2
-
-
-def test_remote_code_layout_is_that_of_the_models_image_token(remote):
-    model, inputs, _ = remote
-    tokens = TokenLayout.from_batch(inputs, model)
-    assert torch.equal(tokens.is_vision, inputs["input_ids"] == IMAGE)
-    model.img_context_token_id = None  # as it is until the remote code's chat() sets it
-    with pytest.raises(ValueError, match="img_context_token_id"):
-        TokenLayout.from_batch(inputs, model)
 
 
 # --- images --------------------------------------------------------------------------------------
@@ -127,7 +45,7 @@ def test_dynamic_tiles_and_several_views(padding):
     student, teacher = internvl(layers=4, seed=1), internvl(layers=5, seed=2).requires_grad_(False)
     tokens = TokenLayout.from_batch(inputs, student.config)
     assert tokens.is_vision.sum(1).tolist() == [16, 4]
-    assert_like_eager(student, teacher, inputs, tokens)
+    assert_like_eager(student, teacher, inputs, tokens, PLANNING)
 
 
 def test_qwen_images_of_different_size_and_a_video():
@@ -151,7 +69,7 @@ def test_qwen_images_of_different_size_and_a_video():
     student, teacher = make.model(layers=4, seed=1), make.model(layers=5, seed=2)
     tokens = TokenLayout.from_batch(inputs, student.config)
     assert tokens.is_vision.sum(1).tolist() == [10, 4]
-    assert_like_eager(student, teacher.requires_grad_(False), inputs, tokens)
+    assert_like_eager(student, teacher.requires_grad_(False), inputs, tokens, PLANNING)
 
 
 @pytest.mark.parametrize("family", ["internvl", "qwen2_5_vl", "qwen3_vl", "llava_onevision"])
@@ -165,7 +83,7 @@ def test_a_batch_without_image_teaches_nothing_about_images(family):
     }
     student, teacher = make.model(layers=4, seed=1), make.model(layers=5, seed=2)
     tokens = TokenLayout.from_batch(inputs, student.config)
-    loss = captured_loss(student, teacher.requires_grad_(False), inputs, tokens)
+    loss = captured_loss(student, teacher.requires_grad_(False), inputs, tokens, PLANNING)
     assert loss.item() == 0.0
     assert not any(bool(grad.any()) for grad in gradients(student, loss).values())
 
@@ -177,9 +95,9 @@ def test_a_sample_without_image_is_left_out_of_the_mean():
     ids[1] = torch.where(ids[1] == IMAGE, 7, ids[1])
     inputs["pixel_values"] = inputs["pixel_values"][:1]
     tokens = TokenLayout.from_batch(inputs, student.config)
-    both = captured_loss(student, teacher, inputs, tokens)
+    both = captured_loss(student, teacher, inputs, tokens, PLANNING)
     alone = {k: v[:1] for k, v in inputs.items()}
-    first = captured_loss(student, teacher, alone, tokens.select([0]))
+    first = captured_loss(student, teacher, alone, tokens.select([0]), PLANNING)
     torch.testing.assert_close(both, first, rtol=1e-5, atol=0)
 
 
@@ -188,10 +106,10 @@ def test_an_image_token_inside_the_answer_is_vision_and_asks_nothing():
     student, teacher = internvl(layers=4, seed=1), internvl(layers=5, seed=2).requires_grad_(False)
     inputs = image_inputs()
     inputs["input_ids"][0, 18:22] = IMAGE  # the answer's tokens
-    inputs["pixel_values"] = torch.cat([inputs["pixel_values"], torch.randn(1, 3, TILE, TILE)])
+    inputs["pixel_values"] = torch.cat([inputs["pixel_values"], torch.randn(1, 3, 56, 56)])
     tokens = TokenLayout.from_batch(inputs, student.config)
     assert tokens.is_vision[0, 18:22].all() and not tokens.is_text[0, 18:22].any()
-    assert_like_eager(student, teacher, inputs, tokens)
+    assert_like_eager(student, teacher, inputs, tokens, PLANNING)
 
 
 # --- mismatches ----------------------------------------------------------------------------------

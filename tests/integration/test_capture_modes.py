@@ -1,89 +1,27 @@
 """Maps, losses and gradients in every mode of training are those of eager `outputs.attentions`."""
 
-import functools
-
 import pytest
 import torch
-from transformers.utils import is_flash_attn_2_available
 
 from drivekd.capture import capture_attention
+from drivekd.errors import CaptureError
 from drivekd.losses import AttentionMapLoss
-from drivekd.study.eager import eager_loss
 from drivekd.study.verify import AGREES, verify
 from drivekd.tokens import TokenLayout
 from drivekd.train.config import SignalConfig
+from tests.helpers.flash import flash_attention
 from tests.helpers.maps import (
     assert_gradients_equal,
     assert_maps_equal,
     eager_attentions,
+    gradients,
     head_mean_map,
 )
-from tests.helpers.toy_models import FAMILIES, IMAGE, VISION_END, VISION_START, qwen2
+from tests.helpers.modes import checkpointed, fused_and_eager, lora, plainly
+from tests.helpers.toy_models import FAMILIES, IMAGE, VISION_END, VISION_START, layout_of
+from tests.helpers.traces import traces
 
 VISION_LANGUAGE = sorted(set(FAMILIES) - {"qwen2", "llama", "qwen3"})
-
-
-def layout_of(inputs):
-    return TokenLayout.from_masks(
-        inputs["input_ids"] == IMAGE, valid=inputs["attention_mask"].bool()
-    )
-
-
-def gradients(model, loss):
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {n: g for n, g in zip(named, found, strict=True) if g is not None}
-
-
-def fused_and_eager(family, prepare, padding="left"):
-    """Loss and gradients of a prepared student the fused way, and of a plain one the eager way."""
-    make = FAMILIES[family]
-    inputs = make.inputs(padding=padding)
-    tokens = layout_of(inputs)
-    region = "text_to_vision" if bool(tokens.is_vision.any()) else "full"
-    settings = AttentionMapLoss(
-        student_layers=[0, 2], teacher_layers=[0, 1, 3], region=region, groups=[[0], [1, 2]]
-    )
-    teacher = make.model(layers=5, seed=5).requires_grad_(False)
-    with torch.no_grad(), capture_attention(teacher, settings.teacher_layers) as targets:
-        teacher(**inputs, use_cache=False)
-    student = prepare(make.model(layers=4, seed=1))
-    with capture_attention(student, settings.student_layers) as own:
-        student(**inputs, use_cache=False)
-    loss = settings(own, targets, tokens)
-    found = gradients(student, loss)
-    plain = prepare_names(prepare, make.model(layers=4, seed=1))
-    for model in (plain, teacher):
-        model.set_attn_implementation("eager")
-    expected = eager_loss(plain, teacher, inputs, tokens, settings)
-    return loss, found, expected, gradients(plain, expected)
-
-
-def prepare_names(prepare, model):
-    """Adapters change which parameters there are; every other mode leaves the plain model."""
-    return prepare(model) if prepare is lora else model
-
-
-def plainly(model):
-    return model
-
-
-def checkpointed(model):
-    model.train().gradient_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
-def lora(model):
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(5)
-    names = ("q_proj", "k_proj", "down_proj")
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name.endswith(names) and "vis" not in name
-    ]
-    return get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
 
 
 @pytest.mark.parametrize("prepare", [plainly, checkpointed, lora])
@@ -149,16 +87,102 @@ def test_offloaded_models_give_the_same_maps(family):
             assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_whose_weights_are_offloaded_is_refused(family):
+    """Its weights come as copies for each call: backward finds gradients for those alone."""
+    from accelerate import cpu_offload
+
+    make = FAMILIES[family]
+    model, inputs = make.model(layers=2), make.inputs()
+    if family == "llava_onevision":
+        cpu_offload(model.model.language_model, execution_device=torch.device("cpu"))
+    else:
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    before = traces(model)
+    match = "weights of the decoder are offloaded.*a teacher under torch.no_grad"
+    with pytest.raises(CaptureError, match=match), capture_attention(model, [1]):
+        model(**inputs, use_cache=False)
+    assert traces(model)[0] == before[0]
+    with torch.no_grad(), capture_attention(model, [1]):
+        model(**inputs, use_cache=False)
+    with capture_attention(model.requires_grad_(False), [1]):
+        model(**inputs, use_cache=False)
+
+
+def test_weights_that_hooks_move_but_do_not_offload_train():
+    from accelerate import dispatch_model
+
+    make, inputs = FAMILIES["internvl"], FAMILIES["internvl"].inputs(padding="left")
+    tokens = layout_of(inputs)
+    results = []
+    for dispatched in (False, True):
+        model = make.model(layers=3)
+        if dispatched:
+            model = dispatch_model(model, {"": "cpu"}, force_hooks=True)
+        with capture_attention(model, [0, 2]) as captured:
+            model(**inputs, use_cache=False)
+        targets = FAMILIES["internvl"].model(layers=3, seed=7).requires_grad_(False)
+        with capture_attention(targets, [0, 2], stop_after_last=True) as wanted:
+            targets(**inputs, use_cache=False)
+        loss = AttentionMapLoss(student_layers=[0, 2], teacher_layers=[0, 2], region="full")
+        results.append(gradients(model, loss(captured, wanted, tokens)))
+    plain, moved = results
+    assert plain.keys() == moved.keys() and len(plain) > 20
+    assert all(torch.equal(plain[name], moved[name]) for name in plain)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cosine", "kl"])
+@pytest.mark.parametrize("region", ["full", "text_to_vision"])
+def test_a_teacher_on_another_device_is_copied_to_the_students(region, loss, flash):
+    """The student's device has no memory here: shapes, devices and graphs are all that it has."""
+    student, teacher = student_of(FAMILIES["internvl"]).to("meta"), FAMILIES["internvl"].model()
+    inputs = FAMILIES["internvl"].inputs()
+    tokens = layout_of(inputs)
+    settings = AttentionMapLoss(
+        student_layers=[0, 1], teacher_layers=[0, 1, 2], groups=[[0], [1, 2]],
+        region=region, loss=loss,
+    )  # fmt: skip
+    teacher.requires_grad_(False).set_attn_implementation("flash_attention_2")
+    with torch.no_grad(), capture_attention(teacher, [0, 1, 2]) as targets:
+        teacher(**inputs, use_cache=False)
+    assert targets[2].lse is not None and targets[2].query.device.type == "cpu"
+    with capture_attention(student, [0, 1]) as own:
+        student.model.language_model(inputs_embeds=torch.empty(2, 24, 64, device="meta"))
+    value = settings(own, targets, tokens.to("meta"))
+    assert (value.device.type, value.shape) == ("meta", ())
+    assert len(gradients(student.model.language_model, value)) == 17  # all up to layer 1's q and k
+
+
+def test_a_teacher_in_inference_mode_teaches_the_same():
+    inputs = FAMILIES["internvl"].inputs(padding="left")
+    student, teacher = student_of(FAMILIES["internvl"]), FAMILIES["internvl"].model(seed=5)
+    settings = AttentionMapLoss(student_layers=[0, 2], teacher_layers=[1, 3], region="full")
+    results = []
+    for without_grad in (torch.no_grad, torch.inference_mode):
+        with without_grad(), capture_attention(teacher, [1, 3], stop_after_last=True) as targets:
+            teacher(**inputs)
+        with capture_attention(student, [0, 2]) as own:
+            student(**inputs)
+        results.append(gradients(student, settings(own, targets, layout_of(inputs))))
+    assert all(torch.equal(results[1][name], grad) for name, grad in results[0].items())
+
+
 PACKED = [9, 15]
+
+
+@pytest.fixture
+def flash():
+    with flash_attention():
+        yield
 
 
 def student_of(make):
     return make.model(layers=4, seed=1)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flash_attention_2"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_rows_are_their_sequences_one_by_one(family, implementation):
+def test_packed_rows_are_their_sequences_one_by_one(family, implementation, flash):
     """Maps, loss and gradients; the image lies in the second of the two sequences."""
     make = FAMILIES[family]
     inputs = make.inputs(batch=1)
@@ -214,112 +238,3 @@ def test_packed_rows_are_their_sequences_one_by_one(family, implementation):
     expected = sum(sums) / sum(n * n for n in PACKED)
     torch.testing.assert_close(packed, expected, rtol=1e-5, atol=0)
     assert_gradients_equal(gradients(student, packed), gradients(student, expected))
-
-
-@pytest.fixture
-def uncompiled_flex(monkeypatch):
-    """With the eager compile backend: torch 2.13's CPU code for flex gives random output at times.
-
-    That happens without any capture too, and transformers always compiles flex.
-    """
-    from transformers.integrations.flex_attention import WrappedFlexAttention
-
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(WrappedFlexAttention, "_instance", None)
-    monkeypatch.setattr(WrappedFlexAttention, "_is_flex_compiled", False)
-
-
-# Transformers has no flex attention for Qwen2.5-VL and Qwen3-VL.
-FLEX = ["qwen2", "llama", "internvl", "llava_onevision"]
-
-
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about torch's own code
-@pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize("family", FLEX)
-def test_flex_attention(family, padding, uncompiled_flex):
-    model, inputs = FAMILIES[family].model(layers=3), FAMILIES[family].inputs(padding=padding)
-    with torch.no_grad():
-        attentions = eager_attentions(model, inputs).attentions
-        model.set_attn_implementation("flex_attention")
-        with capture_attention(model, range(3)) as captured:
-            model(**inputs, use_cache=False)
-    assert_maps_equal(captured, attentions, inputs["attention_mask"].bool())
-
-
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about torch's own code
-def test_flex_attention_with_sliding_windows(uncompiled_flex):
-    model = qwen2(layers=3, sliding_window=5, first_sliding_layer=1)
-    inputs = FAMILIES["qwen2"].inputs(padding="left")
-    with torch.no_grad():
-        attentions = eager_attentions(model, inputs).attentions
-        model.set_attn_implementation("flex_attention")
-        with capture_attention(model, range(3)) as captured:
-            model(**inputs, use_cache=False)
-    assert [captured[layer].window for layer in range(3)] == [None, 5, 5]
-    assert_maps_equal(captured, attentions, inputs["attention_mask"].bool())
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about torch's own code
-@pytest.mark.parametrize("family", ["internvl", "qwen3_vl"])
-def test_compiled_layers_give_the_eager_gradients(family):
-    def compiled(model):
-        for layer in model.model.language_model.layers:
-            layer.compile(backend="aot_eager")
-        return model
-
-    torch._dynamo.reset()
-    loss, found, expected, gradients_expected = fused_and_eager(family, compiled)
-    torch._dynamo.reset()
-    torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0)
-    # A compiled layer has zeros where others have no gradient.
-    found = {n: g for n, g in found.items() if n in gradients_expected or bool(g.any())}
-    assert_gradients_equal(found, gradients_expected)
-
-
-GPU_IMPLEMENTATIONS = ["sdpa"] + ["flash_attention_2"] * is_flash_attn_2_available()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("implementation", GPU_IMPLEMENTATIONS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_on_a_gpu_bf16_is_as_exact_as_eager_bf16(family, implementation):
-    torch.use_deterministic_algorithms(False)
-    make = FAMILIES[family]
-    student, teacher = (make.model(layers=n, seed=n).to("cuda", torch.bfloat16) for n in (4, 5))
-    for model in (student, teacher):
-        model.set_attn_implementation(implementation)
-    inputs = {name: tensor.cuda() for name, tensor in make.inputs(padding="left").items()}
-    tokens = layout_of(inputs)
-    batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
-    signal = SignalConfig(
-        name="s", teacher="t", student_layers="0..-2", teacher_layers="0..-2", region="full"
-    )
-    (check,) = verify(
-        student, teacher.requires_grad_(False), batch, [signal], tokens=tokens, repeats=1
-    )
-    assert check.verdict == AGREES, check.reasons
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("family", FLEX)
-def test_on_a_gpu_flex_attention_hands_over_its_log_sum_exp(family):
-    torch.use_deterministic_algorithms(False)
-    model = FAMILIES[family].model(layers=2).cuda()
-    inputs = {k: v.cuda() for k, v in FAMILIES[family].inputs(padding="left").items()}
-    with torch.no_grad():
-        attentions = eager_attentions(model, inputs).attentions
-        model.set_attn_implementation("flex_attention")
-        with capture_attention(model, range(2)) as captured:
-            model(**inputs, use_cache=False)
-    valid = inputs["attention_mask"].bool()
-    record = captured[1]
-    keys = record.key.repeat_interleave(record.query.shape[1] // record.key.shape[1], 1)
-    count = record.query.shape[2]
-    seen = torch.ones(count, count, dtype=torch.bool, device="cuda").tril() & valid[:, None, None]
-    scores = (record.scale * record.query @ keys.mT).masked_fill(~seen, -torch.inf)
-    expected = scores.logsumexp(-1).transpose(1, 2)[valid]
-    torch.testing.assert_close(record.lse.transpose(1, 2)[valid], expected, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(
-        scores.softmax(-1).mean(1)[valid], attentions[1].mean(1)[valid], rtol=0, atol=1e-2
-    )

@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from drivekd.capture import capture_attention
-from drivekd.capture.model import sees_next_token
+from drivekd.capture.masks import sees_next_token
 from drivekd.errors import CaptureError
 from tests.helpers.toy_models import IMAGE, image_inputs, internvl, llama, qwen2, text_inputs
 from tests.helpers.traces import Container, run, traces

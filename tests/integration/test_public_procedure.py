@@ -13,7 +13,7 @@ import torch
 from drivekd.capture import capture_attention
 from drivekd.losses import AttentionMapLoss
 from drivekd.tokens import TokenLayout
-from tests.helpers.maps import assert_gradients_equal
+from tests.helpers.maps import assert_gradients_equal, gradients
 from tests.helpers.remote_code import TILE, InternVLChat
 from tests.helpers.toy_models import IMAGE, IMAGE_TOKENS, internvl
 
@@ -93,12 +93,6 @@ def ours(name, student_depth, teacher_depth):
     return AttentionMapLoss(student_layers=layers[0], teacher_layers=layers[1], region=region)
 
 
-def gradients(model, loss):
-    named = dict(model.named_parameters())
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {n: g for n, g in zip(named, found, strict=True) if g is not None}
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("depths", [(4, 6), (3, 3), (6, 4)], ids=["deeper", "equal", "shallower"])
 @pytest.mark.parametrize("name", PUBLIC)
@@ -130,6 +124,52 @@ def test_losses_and_gradients_are_those_of_the_public_procedure(name, depths, si
     loss = settings(own, targets, tokens)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     assert_gradients_equal(gradients(student, loss), gradients_expected)
+
+
+def live_cells(student, teacher, is_image):
+    """Causally dead cells left out of the denominator."""
+    count = len(is_image)
+    cells = ((~is_image)[:, None] & is_image[None, :]).sum()
+    live = ((~is_image)[:, None] & is_image[None, :] & torch.ones(count, count).tril().bool()).sum()
+    return planning(student, teacher, is_image) * cells / live
+
+
+def last_layer_too(student, teacher, is_image):
+    """As if -2 were not the last of the range."""
+    return reasoning([*student, student[-1]], [*teacher, teacher[-1]], is_image)
+
+
+def first_against_first(student, teacher, is_image):
+    """Pairs instead of groups."""
+    k = len(student) - 1
+    errors = [(student[i] - teacher[i]).mean(1).square().mean() for i in range(k)]
+    return sum(errors) / k
+
+
+def image_rows_too(student, teacher, is_image):
+    squares = (student[-2].mean(1)[0] - teacher[-2].mean(1)[0]).square()
+    return squares[:, is_image].mean()
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (planning, live_cells),
+        (planning, image_rows_too),
+        (planning, perception),
+        (reasoning, last_layer_too),
+        (reasoning, first_against_first),
+    ],
+)
+def test_plausible_mistakes_would_show(right, wrong):
+    """What is written down above is far from its misreadings, against the 1e-5 that is allowed."""
+    student, teacher = internvl(layers=4, seed=1), internvl(layers=6, seed=2)
+    (sample, *_) = samples()
+    with torch.no_grad():
+        maps = [maps_of(model, sample) for model in (student, teacher)]
+    is_image = sample["input_ids"][0] == IMAGE
+    values = [float(loss(*maps, is_image)) for loss in (right, wrong)]
+    assert abs(values[1] / values[0] - 1) > 0.05
 
 
 @pytest.mark.parametrize("name", PUBLIC)

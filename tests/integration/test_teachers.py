@@ -10,59 +10,11 @@ import transformers
 
 from drivekd.capture import capture_attention
 from drivekd.capture.model import FULL_DEPTH
-from drivekd.losses import AttentionMapLoss
-from drivekd.tokens import TokenLayout
-from drivekd.train import load_teacher, share_equal_weights, truncate_teacher
-from drivekd.train import teachers as loading
-from drivekd.train.config import DistillConfig, SignalConfig
-from drivekd.train.models import prepare_teachers
-from drivekd.train.weights import Checkpoint
-from tests.helpers.remote_code import InternVLChat
+from drivekd.train import load_model, load_teacher, loading_cost, truncate_teacher
+from tests.helpers.maps import same_records
+from tests.helpers.remote_code import InternVLChat, chat_inputs
 from tests.helpers.toy_models import FAMILIES, image_inputs, internvl, qwen2, text_inputs
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Folders of whole models by family, five layers each, in shards of at most 100 kB."""
-    folder = tmp_path_factory.mktemp("teachers")
-
-    def save(family):
-        place = folder / family
-        if not place.exists():
-            FAMILIES[family].model(layers=5).save_pretrained(place, max_shard_size="100KB")
-        return place
-
-    return save
-
-
-@pytest.fixture
-def read(monkeypatch):
-    """The checkpoints that are opened, with the bytes that were read of each tensor."""
-    opened = []
-
-    class Noted(Checkpoint):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            opened.append(self)
-
-    monkeypatch.setattr(loading, "Checkpoint", Noted)
-    return opened
-
-
-def records(model, inputs, layers, **options):
-    with torch.no_grad(), capture_attention(model, layers, **options) as captured:
-        model(**inputs, use_cache=False)
-    return captured
-
-
-def same_records(first, second, layers):
-    return all(
-        torch.equal(getattr(first[i], name), getattr(second[i], name))
-        for i in layers
-        for name in ("query", "key")
-    )
+from tests.helpers.traces import run
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,9 +25,9 @@ def test_records_are_bitwise_those_of_the_whole_model(family, checkpoint):
         assert not teacher.training
         assert not any(parameter.requires_grad for parameter in teacher.parameters())
         assert not any("lm_head" in name for name, _ in teacher.named_parameters())
-        expected = records(whole, inputs, layers)
+        expected = run(whole, inputs, layers)
         for stop in (False, True):
-            got = records(teacher, inputs, layers, stop_after_last=stop)
+            got = run(teacher, inputs, layers, stop_after_last=stop)
             assert got.num_layers == 5
             assert got.layers == expected.layers
             assert same_records(got, expected, layers)
@@ -103,7 +55,7 @@ def test_names_of_the_class_with_head_load_too(family, tmp_path):
     model.config.save_pretrained(tmp_path)
     save_file({n: t.clone() for n, t in model.state_dict().items()}, tmp_path / "model.safetensors")
     teacher = load_teacher(tmp_path, "penultimate")
-    assert same_records(records(teacher, inputs, [-2]), records(model, inputs, [-2]), [-2])
+    assert same_records(run(teacher, inputs, [-2]), run(model, inputs, [-2]), [-2])
 
 
 def test_files_of_other_layers_need_not_exist(checkpoint, tmp_path):
@@ -117,8 +69,8 @@ def test_files_of_other_layers_need_not_exist(checkpoint, tmp_path):
     for file in others[1:]:
         (folder / file).unlink()
     inputs = image_inputs()
-    got = records(load_teacher(folder, [0]), inputs, [0])
-    assert same_records(got, records(internvl(layers=5), inputs, [0]), [0])
+    got = run(load_teacher(folder, [0]), inputs, [0])
+    assert same_records(got, run(internvl(layers=5), inputs, [0]), [0])
     with pytest.raises(OSError, match=r"is damaged|does not appear to have a file"):
         load_teacher(folder, "penultimate")
 
@@ -192,8 +144,8 @@ def test_tied_embeddings_load_without_a_head(tmp_path):
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**settings)).eval()
     model.save_pretrained(tmp_path)
     inputs = text_inputs()
-    got = records(load_teacher(tmp_path, [1]), inputs, [1])
-    assert same_records(got, records(model, inputs, [1]), [1])
+    got = run(load_teacher(tmp_path, [1]), inputs, [1])
+    assert same_records(got, run(model, inputs, [1]), [1])
 
 
 def test_lists_of_layer_types_are_cut(tmp_path):
@@ -202,7 +154,7 @@ def test_lists_of_layer_types_are_cut(tmp_path):
     teacher = load_teacher(tmp_path, "penultimate")
     assert teacher.config.layer_types == model.config.layer_types[:3]
     inputs = text_inputs()
-    got, expected = (records(each, inputs, [0, -2]) for each in (teacher, model))
+    got, expected = (run(each, inputs, [0, -2]) for each in (teacher, model))
     assert same_records(got, expected, [0, 2])
     assert [got[i].window for i in (0, 2)] == [None, 5]
 
@@ -211,8 +163,8 @@ def test_a_truncated_teacher_saved_again_still_knows_its_depth(checkpoint, tmp_p
     load_teacher(checkpoint("internvl"), "penultimate").save_pretrained(tmp_path)
     again, inputs = load_teacher(tmp_path, "penultimate"), image_inputs()
     assert getattr(again.config.text_config, FULL_DEPTH) == 5
-    expected = records(internvl(layers=5), inputs, [3])
-    assert same_records(records(again, inputs, [-2]), expected, [3])
+    expected = run(internvl(layers=5), inputs, [3])
+    assert same_records(run(again, inputs, [-2]), expected, [3])
     with pytest.raises(ValueError, match=r"layer 4 of 5 is not in this checkpoint.* first 4 only"):
         load_teacher(tmp_path, "last")
 
@@ -243,7 +195,7 @@ def test_layers_that_make_no_sense(checkpoint, layers, error, match):
 def test_remote_code_is_refused_with_the_remedy(tmp_path):
     config = {"model_type": "internvl_chat", "auto_map": {"AutoConfig": "configuration.X"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"internvl_chat\).* ends in -hf\), or load the model"):
+    with pytest.raises(ValueError, match=r"internvl_chat\).* ends in -hf\).*truncate_teacher"):
         load_teacher(tmp_path, "first")
 
 
@@ -276,19 +228,20 @@ print(len(teacher.language_model.layers), teacher.config.name_or_path)
 def test_a_loaded_model_is_truncated_in_place(make):
     """Also InternVL's remote code, which load_teacher does not load."""
     inputs = text_inputs() if make is qwen2 else image_inputs(padding="left")
+    inputs = chat_inputs(padding="left") if make is InternVLChat else inputs
     whole, teacher = make(layers=5, seed=1), make(layers=5, seed=1)
     before = sum(p.numel() for p in teacher.parameters())
     assert truncate_teacher(teacher, ["first", -3]) is teacher
     assert sum(p.numel() for p in teacher.parameters()) < before
-    expected = records(whole, inputs, [0, -3])
+    expected = run(whole, inputs, [0, -3])
     for stop in (False, True):
-        got = records(teacher, inputs, [0, -3], stop_after_last=stop)
+        got = run(teacher, inputs, [0, -3], stop_after_last=stop)
         assert got.num_layers == 5
         assert same_records(got, expected, [0, 2])
     with pytest.raises(ValueError, match=r"layers \[4\] of 5 are not loaded"):
         truncate_teacher(teacher, "last")
     truncate_teacher(teacher, 0)
-    assert same_records(records(teacher, inputs, [-5]), expected, [0])
+    assert same_records(run(teacher, inputs, [-5]), expected, [0])
 
 
 def test_an_fsdp_teacher_is_truncated_instead_of_stopped():
@@ -297,7 +250,7 @@ def test_an_fsdp_teacher_is_truncated_instead_of_stopped():
     from torch.distributed.fsdp import fully_shard
 
     inputs = text_inputs()
-    expected = records(qwen2(layers=5), inputs, [-2])
+    expected = run(qwen2(layers=5), inputs, [-2])
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         teacher = truncate_teacher(qwen2(layers=5), "penultimate")
@@ -307,107 +260,26 @@ def test_an_fsdp_teacher_is_truncated_instead_of_stopped():
         fully_shard(teacher, mesh=mesh)
         with pytest.raises(NotImplementedError, match="load_teacher or truncate_teacher"):
             capture_attention(teacher, [-2], stop_after_last=True)
-        got = records(teacher, inputs, [-2])
+        got = run(teacher, inputs, [-2])
         assert got.num_layers == 5
         torch.testing.assert_close(got[-2].query, expected[3].query)
     finally:
         dist.destroy_process_group()
 
 
-# --- several teachers ---------------------------------------------------------------------------
+def test_an_adapter_alone_is_refused_with_the_remedy(checkpoint, tmp_path):
+    """What peft saves of a tuned teacher holds no model."""
+    from peft import LoraConfig, get_peft_model
 
-
-def test_one_checkpoint_under_two_names_is_loaded_once_and_as_deep_as_needed(checkpoint, read):
-    folder = checkpoint("internvl")
-    link = folder.parent / "link"
-    link.symlink_to(folder)
-    needs = {"perception": ["first"], "planning": ["penultimate"], "reasoning": [(0, 2)]}
-    paths = {"perception": folder, "planning": str(link), "reasoning": f"{folder}/"}
-    ready = prepare_teachers(paths, needs, internvl(), CPU)
-    link.unlink()
-    assert len(read) == 1
-    assert ready["perception"] is ready["planning"] is ready["reasoning"]
-    assert len(ready["planning"].language_model.layers) == 4
-
-
-def test_a_role_that_needs_logits_gets_the_whole_model(checkpoint):
-    paths = {"perception": checkpoint("internvl"), "answers": checkpoint("internvl")}
-    ready = prepare_teachers(paths, {"perception": ["first"], "answers": None}, internvl(), CPU)
-    assert ready["answers"] is ready["perception"]
-    assert ready["answers"](**image_inputs()).logits.shape == (2, 24, 320)
-
-
-def test_layers_that_a_configuration_needs():
-    attention = {"kind": "attention", "region": "full", "student_layers": 0}
-    config = DistillConfig(
-        signals=(
-            SignalConfig(name="a", teacher="x", teacher_layers="first", **attention),
-            SignalConfig(name="b", teacher="x", teacher_layers=-2, **attention),
-            SignalConfig(name="c", teacher="y", teacher_layers=-2, **attention),
-            SignalConfig(name="d", teacher="y", kind="logits"),
-        )
-    )
-    assert config.teacher_layers() == {"x": ["first", -2], "y": None}
-
-
-def test_equal_weights_of_two_teachers_are_held_once(tmp_path):
-    """One vision tower, two language models: what tuning left alone is shared."""
-    first = internvl(layers=2)
-    second = internvl(layers=2)
-    with torch.no_grad():
-        for parameter in second.model.language_model.layers.parameters():
-            parameter.add_(0.01)
-    first.save_pretrained(tmp_path / "first")
-    second.save_pretrained(tmp_path / "second")
-    paths = {"a": tmp_path / "first", "b": tmp_path / "second"}
-    ready = prepare_teachers(paths, {"a": ["first"], "b": ["first"]}, internvl(seed=9), CPU)
-    one, two = ready["a"], ready["b"]
-    for name in ("vision_tower", "multi_modal_projector", "language_model.embed_tokens"):
-        pairs = zip(
-            one.get_submodule(name).parameters(), two.get_submodule(name).parameters(), strict=True
-        )
-        assert all(a.data_ptr() == b.data_ptr() for a, b in pairs), name
-    layers = [each.language_model.layers.parameters() for each in (one, two)]
-    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(*layers, strict=True))
-    inputs = image_inputs()
-    assert same_records(records(two, inputs, [0]), records(second, inputs, [0]), [0])
-    assert share_equal_weights([one, two]) == 0
-
-
-def test_weights_that_train_are_never_shared():
-    one, two = qwen2(), qwen2()
-    two.requires_grad_(False)
-    assert share_equal_weights([one, two]) == 0
-
-
-def test_a_truncated_teacher_trains_a_student_like_the_whole_one(checkpoint):
-    inputs = image_inputs(padding="right")
-    tokens = TokenLayout.from_batch(inputs, internvl().config)
-    loss = AttentionMapLoss(student_layers=[-2], teacher_layers=[-2], region="text_to_vision")
-    values = []
-    for teacher in (internvl(layers=5), load_teacher(checkpoint("internvl"), -2)):
-        captured = records(teacher, inputs, [-2], stop_after_last=True)
-        student = internvl(layers=3, seed=4)
-        with capture_attention(student, [-2]) as own:
-            student(**inputs)
-        values.append(loss(own, captured, tokens))
-    assert torch.equal(*values)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("places", [("cuda", "cpu"), ("cpu", "cuda")])
-def test_student_and_teacher_may_sit_on_two_devices(checkpoint, places):
-    batch = image_inputs(padding="right")
-    loss = AttentionMapLoss(student_layers=[-2], teacher_layers=[-2], region="text_to_vision")
-    values = []
-    for student_place, teacher_place in (("cpu", "cpu"), places):
-        teacher = load_teacher(checkpoint("internvl"), -2, device=teacher_place)
-        student = internvl(layers=3, seed=4).to(student_place)
-        inputs = {name: tensor.to(teacher_place) for name, tensor in batch.items()}
-        captured = records(teacher, inputs, [-2], stop_after_last=True)
-        inputs = {name: tensor.to(student_place) for name, tensor in batch.items()}
-        tokens = TokenLayout.from_batch(inputs, student.config)
-        with capture_attention(student, [-2]) as own:
-            student(**inputs)
-        values.append(loss(own, captured, tokens).cpu())
-    torch.testing.assert_close(values[1], values[0], rtol=2e-2, atol=0)  # TF32 on a GPU
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("qwen2"))
+    model = get_peft_model(base, config)
+    model.save_pretrained(tmp_path / "adapter")
+    match = r"adapter only.*model\.merge_and_unload\(\)\.save_pretrained"
+    for load in (lambda p: load_teacher(p, "first"), load_model, lambda p: loading_cost(p, None)):
+        with pytest.raises(ValueError, match=match):
+            load(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "whole")
+    teacher = load_teacher(tmp_path / "whole", "first")
+    inputs = text_inputs()
+    assert same_records(run(teacher, inputs, [0]), run(model, inputs, [0]), [0])

@@ -85,6 +85,34 @@ def test_sliding_windows(loss):
     assert check.verdict == AGREES, check.reasons
 
 
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])
+def test_models_of_text_alone_need_no_layout(family):
+    checks = verify(*pair(family), repeats=1)
+    assert [check.verdict for check in checks] == [NOTHING, AGREES, NOTHING]
+
+
+@pytest.mark.parametrize("family", ["internvl", "qwen3_vl"])
+def test_packed_rows(family):
+    """Three sequences in a row, an image in the last; eager attention keeps them apart too."""
+    student, teacher, batch = pair(family)
+    batch = {k: v[:1] if k in ("input_ids", "mm_token_type_ids") else v for k, v in batch.items()}
+    batch.pop("attention_mask")
+    pixels = batch["pixel_values"]
+    batch["pixel_values"] = pixels[: len(pixels) // 2]
+    if "image_grid_thw" in batch:
+        batch["image_grid_thw"] = batch["image_grid_thw"][:1]
+    batch["position_ids"] = torch.cat([torch.arange(n) for n in (2, 3, 19)])[None]
+    if family == "qwen3_vl":
+        batch["position_ids"] = batch["position_ids"].expand(4, 1, -1)
+    checks = verify(student, teacher, batch, repeats=1)
+    assert [check.verdict for check in checks] == [AGREES] * 3, [c.reasons for c in checks]
+    segments = TokenLayout.from_batch(batch, student.config).segment_ids
+    assert segments.unique(return_counts=True)[1].tolist() == [2, 3, 19]
+    whole = TokenLayout.from_masks(batch["input_ids"] == IMAGE)  # a layout that forgets them
+    (check,) = verify(student, teacher, batch, [signal()], tokens=whole, repeats=1)
+    assert check.verdict == DIFFERS
+
+
 def test_models_are_left_as_they_were():
     student, teacher, batch = pair("internvl")
     student.train()
@@ -141,6 +169,23 @@ def test_what_is_broken_is_found(monkeypatch, dtype, change, reason):
     assert any(reason in each for each in check.reasons), check.reasons
 
 
+def one_cell_too_many(whole, *args, **options):
+    return whole(*args, **options) * (1 - 1 / 100)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_16_bits_hide_no_mistake_that_is_smaller_than_their_rounding(monkeypatch, autocast):
+    """As a denominator that counts a cell too many: a hundredth, where bf16 allows a twentieth."""
+    broken(monkeypatch, one_cell_too_many)
+    pairs = pair("internvl", torch.float32 if autocast else torch.bfloat16)
+    (check,) = verify(*pairs, [signal()], autocast=autocast, repeats=1)
+    assert check.loss_error < check.loss_allowed and check.gradient_error < check.gradient_allowed
+    assert check.verdict == DIFFERS
+    assert check.reasons == (
+        "in float32 the loss is off by 1.0e-02 and the gradients by 1.0e-02, 1.0e-04 is allowed",
+    )
+
+
 def test_gradients_that_only_one_way_has_are_named(monkeypatch):
     broken(monkeypatch, no_gradient_of_keys)
     first = signal(student_layers="first", teacher_layers="first")
@@ -170,6 +215,7 @@ def test_a_batch_without_image_has_nothing_for_signals_on_images():
     checks = verify(student, teacher, batch, repeats=1)
     assert [check.verdict for check in checks] == [NOTHING, AGREES, NOTHING]
     assert (checks[0].loss, checks[0].loss_eager) == (0.0, 0.0)
+    assert checks[0].reasons == ("both ways: no sample of the batch has text and image tokens",)
 
 
 @pytest.mark.parametrize("loss", ["mse", "cosine", "kl"])
@@ -177,6 +223,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(loss, monkeypatch):
     student, teacher, batch = internvl(), internvl(), pair("internvl")[2]
     (check,) = verify(student, teacher, batch, [signal(loss=loss)], repeats=1)
     assert check.verdict == NOTHING
+    assert "student and teacher have the" in check.reasons[0]
     broken(monkeypatch, lambda whole, *a, **k: whole(*a, **k) + 1e-3)
     (check,) = verify(student, teacher, batch, [signal(loss=loss)], repeats=1)
     assert check.verdict == DIFFERS
@@ -247,12 +294,14 @@ def test_command(recipe, tmp_path, capsys):
 
 def test_command_says_what_differs_and_leaves_with_1(recipe, tmp_path, capsys, monkeypatch):
     broken(monkeypatch, wrong_value)
-    arguments = ["verify", str(recipe), "training.bf16=false", "--repeats", "1", "--samples", "1"]
+    arguments = ["verify", str(recipe), "--repeats", "1", "--samples", "1", "training.bf16=false"]
     assert main([*arguments, "--json", str(tmp_path / "other.json")]) == 1
     out = capsys.readouterr().out
     assert "The fused losses are NOT as exact here as eager attention." in out
     assert "sort: the loss is" in out
-    assert json.loads((tmp_path / "other.json").read_text())["verdict"] == "differs"
+    document = json.loads((tmp_path / "other.json").read_text())
+    assert document["verdict"] == "differs"
+    assert {check["dtype"] for check in document["checks"]} == {"float32"}
 
 
 def test_command_without_an_attention_signal(recipe, capsys):
@@ -279,3 +328,41 @@ def test_command_names_a_layer_that_no_teacher_has_in_one_line(recipe, capsys):
     assert main(["verify", str(recipe), "distill.signals.sort.teacher_layers=9"]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert "teacher 'big': layer 9 does not exist in a model of 4 decoder layers" in err
+
+
+REMOTE = {
+    "model_type": "internvl_chat",
+    "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
+}
+
+
+@pytest.mark.parametrize("command", ["verify", "distill"])
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_commands_refuse_remote_code_with_the_remedy(recipe, tmp_path, capsys, command, who):
+    (tmp_path / who / "config.json").write_text(json.dumps(REMOTE))
+    assert main([command, str(recipe)]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " + ("student" if who == "student" else "teacher 'big'") in err
+    assert "take the checkpoint in transformers' own format" in err and "truncate_teacher" in err
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_command_names_weights_that_do_not_fit_their_config(recipe, tmp_path, capsys, who):
+    file = tmp_path / who / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"]["intermediate_size"] = 80
+    file.write_text(json.dumps(config))
+    assert main(["verify", str(recipe)]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "does not fit its config: " in err and "is saved with shape (64, 96)" in err
+
+
+def test_command_on_a_teacher_that_tokenises_differently(recipe, tmp_path, capsys):
+    file = tmp_path / "teacher" / "tokenizer.json"
+    text = file.read_text()
+    file.write_text(
+        text.replace('"w51"', '"w-"').replace('"w52"', '"w51"').replace('"w-"', '"w52"')
+    )
+    assert main(["verify", str(recipe)]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "teacher 'big'" in err and "gives the token 'w51' the id 52, the student 51" in err

@@ -316,3 +316,13 @@ def test_doctor_prints_text_json_or_the_build_and_its_code(monkeypatch, capsys):
     monkeypatch.setenv("DRIVEKD_BACKEND", "abacus")
     assert main(["doctor", "--json"]) == 1
     assert "abacus" in json.loads(capsys.readouterr().out)["problems"][0]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["distill", "a.yaml", "--nonsense=1"], ["doctor", "--json", "a", "b=c"]]
+)
+def test_what_is_no_override_is_still_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert "unrecognized arguments: " in capsys.readouterr().err

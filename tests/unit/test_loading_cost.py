@@ -120,6 +120,22 @@ def test_command_with_a_recipe(folder, tmp_path, capsys):
     assert teachers["bytes_read"] == 2 * teachers["bytes"]
 
 
+def test_command_with_a_teacher_that_makes_other_image_tokens(folder, tmp_path, capsys):
+    qwen2_5_vl(layers=2).save_pretrained(tmp_path / "other")
+    layers = {"student_layers": "first", "teacher_layers": "first"}
+    recipe = {
+        "student": str(folder),
+        "teachers": {"a": str(tmp_path / "other")},
+        "data": {"train": "none.json"},
+        "distill": {"signals": [{"name": "s", "teacher": "a", "region": "full", **layers}]},
+        "training": {"output_dir": "runs"},
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe))
+    assert main(["doctor", "--recipe", str(file)]) == 2
+    assert "teacher 'a' has video_token_id 301 but the student None" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

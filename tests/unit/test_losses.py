@@ -125,6 +125,18 @@ def test_different_windows_are_refused():
         planning()(student, teacher, TOKENS)
 
 
+def test_layers_on_several_devices_meet_on_that_of_the_first():
+    """A model spread by layers; the second device has no memory, so that devices are looked at."""
+    student, teacher = captures(ids=None)
+    for name in ("query", "key"):
+        setattr(student[0], name, getattr(student[0], name).detach().to("meta"))
+    teacher[3].lse = torch.zeros(B, 3, N)
+    settings = AttentionMapLoss(student_layers=[0, 1], teacher_layers=[2, 3], region="full")
+    value = settings(student, teacher, TOKENS.to("meta"))
+    assert value.device.type == "meta"
+    assert value.requires_grad  # through the copy of layer 1
+
+
 def test_different_token_counts_are_refused():
     student, teacher = Records(2, 4), Records(3, 6, tokens=N + 1, ids=None)
     with pytest.raises(TokenMismatchError, match=r"2 samples of 7 tokens.*2 of 8"):
