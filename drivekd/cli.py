@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from drivekd.cli_cache import add_cache_command
 from drivekd.cli_data import FOUND_PROBLEMS, OK, add_data_commands
 from drivekd.errors import (
     BackendUnavailableError,
+    CacheError,
     CaptureError,
     CheckpointError,
     DataError,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 # What a user can put right; anything else is a bug and shows its traceback.
 EXPECTED_ERRORS = (
     BackendUnavailableError,
+    CacheError,
     CaptureError,
     CheckpointError,
     DataError,
@@ -59,6 +62,7 @@ examples:
   drivekd demo --fast                                 see that everything works, learn nothing
   drivekd demo --seeds 0 1 2 --output runs/three      means with standard errors
   drivekd distill recipes/multi.yaml training.learning_rate=1e-5 training.output_dir=runs/a
+  drivekd cache recipes/multi.yaml cache.path=runs/targets --dry-run
   drivekd verify recipes/multi.yaml                   fused losses against eager ones
   drivekd data check train.json --root images/
   drivekd doctor OpenGVLab/InternVL3-8B-hf            what its parts as a teacher would cost
@@ -68,6 +72,7 @@ examples:
 where things go:
   demo        runs/demo, or --output: report.html, report.md, report.json, plots, data, students
   distill     training.output_dir of the recipe: student/, log.jsonl, checkpoint-*/
+  cache       cache.path of the recipe
   verify      there too: verify.json
   report      report.html beside the run's log.jsonl
   the others  to the terminal; --json (data, doctor, evaluate) for programs
@@ -123,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_distill(commands)
+    add_cache_command(commands, _add_command)
     _add_verify(commands)
     _add_report(commands)
     add_data_commands(commands, _add_command)

@@ -30,7 +30,8 @@ def distill(recipe: Recipe) -> Path:
     Rows of the log go to `<output_dir>/log.jsonl` (and, unless `training.report_to` says otherwise,
     to TensorBoard where it is installed; `drivekd report` draws them), checkpoints to
     `<output_dir>/checkpoint-*`, the student to `<output_dir>/student`, from where plain
-    `from_pretrained` loads model and tokenizer. Teachers are never saved.
+    `from_pretrained` loads model and tokenizer. Teachers are never saved. With `recipe.cache` the
+    teachers of attention signals are not needed: `cache_targets` has run them before.
     `training.resume_from_checkpoint` is a checkpoint, "last" (the newest, which must exist) or
     "auto" (the newest, if there is one). Checkpoints and the student appear whole or not at all.
 
@@ -41,6 +42,7 @@ def distill(recipe: Recipe) -> Path:
         The student's folder.
 
     Raises:
+        CacheError: With a cache, a target is missing or damaged.
         CheckpointError: A checkpoint is damaged, or could not be written.
         DataError: A record is not usable; merely doubtful ones (`drivekd data check` lists
             them) are warnings.
@@ -52,14 +54,14 @@ def distill(recipe: Recipe) -> Path:
         OSError: A checkpoint or file does not exist.
     """
     root = Path(recipe.data.train).parent if recipe.data.root is None else Path(recipe.data.root)
-    splits = _load_splits(recipe, root)
+    splits = load_splits(recipe, root)
     records = splits[recipe.data.train]
     encoder, processing = build_encoder(recipe.encoder, recipe.student, root)
     tokenizer = getattr(processing, "tokenizer", processing)
     used = {signal.teacher for signal in recipe.distill.active}
     teachers = {name: path for name, path in recipe.teachers.items() if name in used}
-    for name, path in teachers.items():
-        check_tokenizer(name, path, tokenizer)
+    for name in recipe.distill.teacher_layers(cached=recipe.cache is not None):
+        check_tokenizer(name, teachers[name], tokenizer)
     settings = {"report_to": _report_to(), **recipe.training, "remove_unused_columns": False}
     resume = settings.pop("resume_from_checkpoint", None)
     args = transformers.TrainingArguments(**settings)
@@ -73,6 +75,7 @@ def distill(recipe: Recipe) -> Path:
         question_types={record.question_type for record in records},
         teacher_dtype=recipe.teacher_dtype,
         teacher_device=recipe.teacher_device,
+        cache=recipe.cache,
         args=args,
         data_collator=Collator(
             encoder,
@@ -135,8 +138,12 @@ def check_tokenizer(name: str, path: str | Path, tokenizer: Any) -> None:
             )
 
 
-def _load_splits(recipe: Recipe, root: Path) -> dict[str, list[Record]]:
-    """Training and evaluation records, checked; faults that training survives are warnings."""
+def load_splits(recipe: Recipe, root: Path) -> dict[str, list[Record]]:
+    """Training and evaluation records, checked; faults that training survives are warnings.
+
+    Raises:
+        DataError: A record is not usable, or a file holds none.
+    """
     files = [file for file in (recipe.data.train, recipe.data.eval) if file is not None]
     splits = {file: load_records(file) for file in files}
     for file, records in splits.items():

@@ -35,7 +35,10 @@ ALLOWED = {
         "demo", "train", "driving", "study", "data", "functional", "capture", "tokens", "errors",
     },
     "doctor": {"ops", "errors", "doctor"},
-    "cli": {"train", "driving", "study", "demo", "data", "doctor", "errors", "cli_data"},
+    "cli": {
+        "train", "driving", "study", "demo", "data", "doctor", "errors", "cli_data", "cli_cache",
+    },
+    "cli_cache": {"train", "study", "errors", "cli_data"},
     "cli_data": {"data", "train", "errors"},
 }  # fmt: skip
 
