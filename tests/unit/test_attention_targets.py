@@ -21,6 +21,7 @@ from drivekd.ops.attention_target import attention_map_target_loss as loss_op
 from drivekd.ops.torch_backend import attention_chunks
 from drivekd.reference import attention_map as reference
 from tests.helpers.attention import Heads, make_case
+from tests.helpers.host_reads import NoHostRead
 from tests.helpers.memory import LiveBytes
 from tests.helpers.random_attention import draw_call
 
@@ -222,6 +223,23 @@ def test_half_precision_rectangles_change_the_loss_within_their_rounding(loss, s
         torch.autograd.grad(given, (q, k)), torch.autograd.grad(live, (q, k)), strict=True
     ):
         assert (a - b).norm() <= 1e-3 * b.norm()
+
+
+@everything
+def test_nothing_is_read_back_on_other_devices(loss, region, monkeypatch):
+    monkeypatch.setattr(attention_chunks, "READABLE", frozenset())
+    case = make_case(padding="left", segments=2, weighted=True)
+    tokens, sparse = case.tokens, region == "full"
+    options = {"top_k": 3} if sparse else {}
+    (target,) = attention_map_targets(case.teachers, [[0]], tokens, region=region, **options)
+    masks = (None, None) if sparse else (tokens.is_text, tokens.is_vision)
+    with NoHostRead():
+        loss_op._init_fn(
+            *([each] for each in case.student), [target.values], [target.exponents],
+            [target.indices] if sparse else [], [target.rest] if sparse else [], [None],
+            tokens.valid, tokens.segment_ids, *masks, case.sample_weight, [0.3], [7], True, loss,
+            "official", [True], [True], "torch",
+        )  # fmt: skip
 
 
 @everything

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from drivekd.capture import CapturedAttention, capture_attention
 from drivekd.errors import CacheError, NonFiniteLossError, RecipeError, TrainingMemoryError
@@ -23,7 +24,6 @@ from drivekd.train.cache.plan import (
     Progress,
     Sample,
     Wanted,
-    loader,
     make_plan,
     measure,
     open_store,
@@ -135,6 +135,17 @@ def cache_targets(
     return replace(plan, written=writer.entries, written_bytes=writer.bytes)
 
 
+class _EncodedRecords(Dataset[tuple[int, dict[str, Tensor]]]):
+    """Records as model inputs, with their index; run by loader workers."""
+
+    def __init__(self, job: Job) -> None:
+        self._records = job.records
+        self._encoder = job.collator.encoder
+
+    def __getitem__(self, index: int) -> tuple[int, dict[str, Tensor]]:
+        return index, self._encoder(self._records[index])
+
+
 def _by_teacher(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
     parts: dict[str, list[Wanted]] = {}
     for each in wanted:
@@ -182,7 +193,12 @@ def _run_teacher(
         size = job.settings.batch_size
         for together, indices in needs.items():
             batches = [indices[i : i + size] for i in range(0, len(indices), size)]
-            for batch in loader(job, batches):
+            for batch in DataLoader(
+                _EncodedRecords(job),
+                batch_sampler=batches,
+                num_workers=job.args.dataloader_num_workers,
+                collate_fn=list,
+            ):
                 _cache_batch(job, teacher, device, together, batch, writer, first.teacher)
                 if progress is not None:
                     progress("cached", writer.taken, plan.missing)
@@ -208,23 +224,26 @@ def _cache_batch(
         if isinstance(value, Tensor) and key != "labels"
     }
     layers = sorted({layer for spec in specs for group in spec.groups for layer in group})
+    made: list[tuple[str, str, list[AttentionMapTarget]]] = []
     with torch.no_grad(), _autocast(job, device):
         with capture_attention(teacher, layers, stop_after_last=True) as capture:
             teacher(**inputs, use_cache=False)
         for row, (record, feature) in enumerate(zip(records, features, strict=True)):
             valid = tokens.valid[row].nonzero()[:, 0]
             place = slice(int(valid[0]), int(valid[-1]) + 1)
-            is_vision = tokens.is_vision[row : row + 1, place].to(device)
-            own = TokenLayout.from_masks(is_vision)
+            own = TokenLayout.from_masks(tokens.is_vision[row : row + 1, place].to(device))
             sample = sample_digest(feature)
-            for spec in specs:
-                targets = _targets(capture, row, place, own, spec)
-                if not all(bool(torch.isfinite(each.values).all()) for each in targets):
-                    raise NonFiniteLossError(
-                        f"teacher {name!r}, record {record.id!r}: attention maps are not finite; "
-                        "take another teacher_dtype"
-                    )
-                writer.add(spec.key(sample), targets)
+            made += [
+                (record.id, spec.key(sample), _targets(capture, row, place, own, spec))
+                for spec in specs
+            ]
+    for record_id, key, targets in made:
+        if not all(bool(torch.isfinite(each.values).all()) for each in targets):
+            raise NonFiniteLossError(
+                f"teacher {name!r}, record {record_id!r}: attention maps are not finite; take "
+                "another teacher_dtype"
+            )
+        writer.add(key, targets)
 
 
 def _targets(

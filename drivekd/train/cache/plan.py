@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from drivekd.data import Collator, Record
@@ -115,18 +114,23 @@ class Job:
     wanted: tuple[Wanted, ...]
 
 
-class EncodedRecords(Dataset[tuple[int, dict[str, Tensor]]]):
-    """Records as model inputs, with their index; read by loader workers."""
+class MeasuredRecords(Dataset[tuple[int, Sample]]):
+    """What the entries of single records are named after and sized by; run by loader workers."""
 
     def __init__(self, job: Job) -> None:
         self._records = job.records
-        self._encoder = job.collator.encoder
+        self._collator = job.collator
 
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> tuple[int, dict[str, Tensor]]:
-        return index, self._encoder(self._records[index])
+    def __getitem__(self, index: int) -> tuple[int, Sample]:
+        record = self._records[index]
+        features = self._collator.encoder(record)
+        tokens = self._collator.collate([record], [features])["tokens"]
+        return index, Sample(
+            sample_digest(features),
+            tokens.num_tokens,
+            int(tokens.is_text.sum()),
+            int(tokens.is_vision.sum()),
+        )
 
 
 def prepare(recipe: Recipe) -> Job:
@@ -181,27 +185,17 @@ def prepare(recipe: Recipe) -> Job:
     )
 
 
-def loader(job: Job, batches: list[list[int]]) -> Iterator[list[tuple[int, dict[str, Tensor]]]]:
-    """Encoded records, batch by batch."""
-    workers = job.args.dataloader_num_workers
-    yield from DataLoader(
-        EncodedRecords(job), batch_sampler=batches, num_workers=workers, collate_fn=list
-    )
-
-
 def measure(job: Job, progress: Progress | None) -> dict[int, Sample]:
     """Encode every record that is wanted, once, and keep what its entries' sizes follow from."""
     indices = sorted({i for each in job.wanted for i in each.records})
     samples: dict[int, Sample] = {}
-    for batch in loader(job, [[i] for i in indices]):
-        for index, features in batch:
-            tokens = job.collator.collate([job.records[index]], [features])["tokens"]
-            samples[index] = Sample(
-                sample_digest(features),
-                tokens.num_tokens,
-                int(tokens.is_text.sum()),
-                int(tokens.is_vision.sum()),
-            )
+    for index, sample in DataLoader(
+        MeasuredRecords(job),
+        sampler=indices,
+        batch_size=None,
+        num_workers=job.args.dataloader_num_workers,
+    ):
+        samples[index] = sample
         if progress is not None:
             progress("encoded", len(samples), len(indices))
     return samples

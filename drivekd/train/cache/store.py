@@ -9,7 +9,6 @@ recipes may lie side by side, and none is ever out of date: what nobody asks for
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -204,6 +203,8 @@ def writing(folder: Path) -> Iterator[None]:
         CacheError: Another process is filling it.
         OSError: The folder cannot be made.
     """
+    import fcntl  # not everywhere; reading a cache does without
+
     (folder / SHARDS).mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as lock:
         try:
