@@ -12,13 +12,10 @@ from drivekd.ops.attention_target import attention_map_target_loss
 
 
 @dataclass(frozen=True)
-class AttentionMapLossSpec:
-    """Everything of one call that is not a tensor; see `drivekd.ops.attention_map`."""
+class AttentionMapTargetLossSpec:
+    """Everything of one call that is not a tensor; see `drivekd.ops.attention_target`."""
 
-    group_members: tuple[int, ...]
-    group_offsets: tuple[int, ...]
     scale_student: tuple[float, ...]
-    scale_teacher: tuple[float, ...]
     windows: tuple[int, ...]
     causal: bool
     loss: str
@@ -26,6 +23,15 @@ class AttentionMapLossSpec:
     needs_dq: tuple[bool, ...]
     needs_dk: tuple[bool, ...]
     backend: str
+
+
+@dataclass(frozen=True)
+class AttentionMapLossSpec(AttentionMapTargetLossSpec):
+    """The same of a call with teachers; see `drivekd.ops.attention_map`."""
+
+    group_members: tuple[int, ...]
+    group_offsets: tuple[int, ...]
+    scale_teacher: tuple[float, ...]
 
 
 class AttentionMapLossFunction(torch.autograd.Function):
@@ -67,9 +73,7 @@ class AttentionMapLossFunction(torch.autograd.Function):
             spec.needs_dk,
             spec.backend,
         )
-        ctx.save_for_backward(*dq, *dk, factor)
-        ctx.needed = (*spec.needs_dq, *spec.needs_dk)
-        ctx.dtypes = tuple(cast(Tensor, each).dtype for each in (*q_student, *k_student))
+        _save(ctx, spec, dq, dk, factor, (*q_student, *k_student))
         ctx.num_rest = 2 * num_teacher + num_student + num_teacher + 5
         return cast(Tensor, losses)
 
@@ -78,20 +82,6 @@ class AttentionMapLossFunction(torch.autograd.Function):
         """Scale on the device, out of place, and cast last."""
         grads = _scaled(ctx, grad_losses)
         return None, None, None, *grads, *[None] * ctx.num_rest
-
-
-@dataclass(frozen=True)
-class AttentionMapTargetLossSpec:
-    """Everything of one call that is not a tensor; see `drivekd.ops.attention_target`."""
-
-    scale_student: tuple[float, ...]
-    windows: tuple[int, ...]
-    causal: bool
-    loss: str
-    denominator: str
-    needs_dq: tuple[bool, ...]
-    needs_dk: tuple[bool, ...]
-    backend: str
 
 
 class AttentionMapTargetLossFunction(torch.autograd.Function):
@@ -123,9 +113,7 @@ class AttentionMapTargetLossFunction(torch.autograd.Function):
             spec.needs_dk,
             spec.backend,
         )
-        ctx.save_for_backward(*dq, *dk, factor)
-        ctx.needed = (*spec.needs_dq, *spec.needs_dk)
-        ctx.dtypes = tuple(cast(Tensor, each).dtype for each in (*q_student, *k_student))
+        _save(ctx, spec, dq, dk, factor, (*q_student, *k_student))
         ctx.num_rest = sum(sizes[2:])
         return cast(Tensor, losses)
 
@@ -134,6 +122,20 @@ class AttentionMapTargetLossFunction(torch.autograd.Function):
         """As in `AttentionMapLossFunction`."""
         grads = _scaled(ctx, grad_losses)
         return None, None, None, *grads, *[None] * ctx.num_rest
+
+
+def _save(
+    ctx: Any,
+    spec: AttentionMapTargetLossSpec,
+    dq: Sequence[Tensor],
+    dk: Sequence[Tensor],
+    factor: Tensor,
+    inputs: Sequence[Tensor | None],
+) -> None:
+    """Keep for backward the gradients, their factors, and which inputs get them in which dtype."""
+    ctx.save_for_backward(*dq, *dk, factor)
+    ctx.needed = (*spec.needs_dq, *spec.needs_dk)
+    ctx.dtypes = tuple(cast(Tensor, each).dtype for each in inputs)
 
 
 def _scaled(ctx: Any, grad_losses: Tensor) -> list[Tensor | None]:

@@ -12,9 +12,9 @@ from drivekd.autograd.attention_map import (
     AttentionMapTargetLossSpec,
 )
 from drivekd.functional.attention import REDUCTIONS, Denominator, Loss, check_settings
-from drivekd.functional.layers import LayerNames, ModelLayers
+from drivekd.functional.layers import LayerNames, ModelLayers, check_layout, listed_layers
 from drivekd.functional.lse import SeenBy, check_log_sum_exps
-from drivekd.functional.targets import AttentionMapTarget, check_layout
+from drivekd.functional.targets import AttentionMapTarget
 from drivekd.ops.attention_map import work_dtype
 from drivekd.ops.dispatch import BackendName, resolve
 from drivekd.tokens import TokenLayout
@@ -135,24 +135,12 @@ def layerwise_attention_map_target_loss(
         BackendUnavailableError: The backend asked for by name cannot run.
     """
     check.check_choice("reduction", reduction, REDUCTIONS)
-    q_s, k_s = check.check_pairs("student_layers", student_layers)
-    names = LayerNames(
-        "student_layers[{i}][0]",
-        "student_layers[{i}][1]",
-        "scale_student" + ("[{i}]" if check.is_sequence(scale_student) else ""),
-        "lse_student[{i}]",
-        learns=True,
-    )
-    student = names.layers(
-        q_s,
-        k_s,
-        check.per_layer("scale_student", scale_student, len(q_s)),
-        check.per_layer("lse_student", lse_student, len(q_s)),
-    )
+    student = listed_layers("student", student_layers, scale_student, lse_student, learns=True)
     if not check.is_sequence(targets):
         raise TypeError(f"targets is a {type(targets).__name__}; wanted a list of targets")
-    if len(targets) != len(q_s):
-        raise ValueError(f"there are {len(q_s)} student_layers but {len(targets)} targets")
+    count = len(student.queries)
+    if len(targets) != count:
+        raise ValueError(f"there are {count} student_layers but {len(targets)} targets")
     losses = _losses(
         student,
         _checked(targets, student, "targets[{i}]"),

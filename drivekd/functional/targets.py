@@ -9,7 +9,7 @@ from torch import Tensor
 
 from drivekd import validation as check
 from drivekd.functional.attention import REGIONS, Region
-from drivekd.functional.layers import LayerNames
+from drivekd.functional.layers import check_layout, listed_layers
 from drivekd.functional.lse import SeenBy, check_log_sum_exps
 from drivekd.ops import attention_target as _ops
 from drivekd.ops.attention_map import work_dtype
@@ -218,21 +218,8 @@ def attention_map_targets(
         raise ValueError(f"top_k is {top_k}; wanted None or an int >= 1, for region 'full' only")
     if dtype is not None and dtype not in _FLOATS:
         raise TypeError(f"dtype is {dtype}; wanted a floating dtype")
-    q_t, k_t = check.check_pairs("teacher_layers", teacher_layers)
-    names = LayerNames(
-        "teacher_layers[{i}][0]",
-        "teacher_layers[{i}][1]",
-        "scale_teacher" + ("[{i}]" if check.is_sequence(scale_teacher) else ""),
-        "lse_teacher[{i}]",
-        learns=False,
-    )
-    teacher = names.layers(
-        q_t,
-        k_t,
-        check.per_layer("scale_teacher", scale_teacher, len(q_t)),
-        check.per_layer("lse_teacher", lse_teacher, len(q_t)),
-    )
-    members = check.check_groups(groups, len(groups), len(q_t))
+    teacher = listed_layers("teacher", teacher_layers, scale_teacher, lse_teacher, learns=False)
+    members = check.check_groups(groups, len(groups), len(teacher.queries))
     if not members:
         raise ValueError("groups is empty; wanted at least one group of teacher layers")
     first = teacher.queries[0]
@@ -268,15 +255,6 @@ def attention_map_targets(
         )
         for each in made
     ]
-
-
-def check_layout(region: str, layout: TokenLayout | None) -> None:
-    """Refuse rectangles without a layout."""
-    if region == "text_to_vision" and layout is None:
-        raise ValueError(
-            "region is 'text_to_vision' but tokens is None; pass a TokenLayout, which says which "
-            "tokens are text and which are vision"
-        )
 
 
 def _check_part(name: str, part: object, dtypes: tuple[torch.dtype, ...]) -> None:

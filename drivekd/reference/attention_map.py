@@ -87,20 +87,14 @@ def attention_map_loss(
     scale_teacher: Sequence[float | None] | None = None,
 ) -> Tensor:
     """Loss of one student layer against the mean map of teacher layers; masks select the region."""
-    num_samples, _, num_tokens, _ = q_student.shape
+    seen, region = _cells(q_student, valid, segment_ids, is_text, is_vision, causal, window)
     scales = [None] * len(teachers) if scale_teacher is None else scale_teacher
-    seen = visible_cells(
-        num_tokens, valid=valid, segment_ids=segment_ids, causal=causal, window=window
-    ).expand(num_samples, -1, -1)
     make = attention_map if loss == "mse" else log_attention_map
     maps = torch.stack([make(q, k, seen, s) for (q, k), s in zip(teachers, scales, strict=True)])
     if loss == "mse":
         target = maps.mean(dim=0)
     else:
         target = maps.logsumexp(dim=0) - torch.tensor(float(len(maps))).log()
-    region = region_cells(
-        num_tokens, valid=valid, segment_ids=segment_ids, is_text=is_text, is_vision=is_vision
-    ).expand(num_samples, -1, -1)
     student = make(q_student, k_student, seen, scale_student)
     return _loss(student, target, seen, region, loss, denominator, sample_weight)
 
@@ -122,13 +116,7 @@ def attention_map_target_loss(
     scale_student: float | None = None,
 ) -> Tensor:
     """Loss of one student layer against a whole map (B, N, N) that is given."""
-    num_samples, _, num_tokens, _ = q_student.shape
-    seen = visible_cells(
-        num_tokens, valid=valid, segment_ids=segment_ids, causal=causal, window=window
-    ).expand(num_samples, -1, -1)
-    region = region_cells(
-        num_tokens, valid=valid, segment_ids=segment_ids, is_text=is_text, is_vision=is_vision
-    ).expand(num_samples, -1, -1)
+    seen, region = _cells(q_student, valid, segment_ids, is_text, is_vision, causal, window)
     make = attention_map if loss == "mse" else log_attention_map
     student = make(q_student, k_student, seen, scale_student)
     if loss != "mse":
@@ -151,6 +139,26 @@ def spread_rest(values: Tensor, indices: Tensor, rest: Tensor, seen: Tensor) -> 
             if len(keys) > 0:
                 result[b, i, keys] = kept * ((1 - left) / kept.sum())
     return result
+
+
+def _cells(
+    query: Tensor,
+    valid: Tensor | None,
+    segment_ids: Tensor | None,
+    is_text: Tensor | None,
+    is_vision: Tensor | None,
+    causal: bool,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Cells that are visible, and those of the region, (B, N, N) bool."""
+    num_samples, _, num_tokens, _ = query.shape
+    seen = visible_cells(
+        num_tokens, valid=valid, segment_ids=segment_ids, causal=causal, window=window
+    )
+    region = region_cells(
+        num_tokens, valid=valid, segment_ids=segment_ids, is_text=is_text, is_vision=is_vision
+    )
+    return seen.expand(num_samples, -1, -1), region.expand(num_samples, -1, -1)
 
 
 def _loss(

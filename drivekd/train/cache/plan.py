@@ -134,16 +134,7 @@ class MeasuredRecords(Dataset[tuple[int, Sample]]):
 
 
 def prepare(recipe: Recipe) -> Job:
-    """Read and check what a cache is made from.
-
-    Raises:
-        DataError: A record is not usable.
-        RecipeError: The recipe names no cache or has no attention signal, or a setting, layer or
-            checkpoint does not fit.
-        TokenMismatchError: A teacher's tokenizer is not the student's.
-        ValueError: A question type does not fit.
-        OSError: A checkpoint or file does not exist.
-    """
+    """Read and check what a cache is made from; raises what `plan_cache` raises."""
     if recipe.cache is None:
         raise RecipeError("cache.path is missing; add cache: {path: FOLDER}, or cache.path=FOLDER")
     signals = [signal for signal in recipe.distill.active if signal.kind == "attention"]
