@@ -13,7 +13,7 @@ from PIL import Image
 
 from drivekd.cli import main
 from drivekd.data import Message, load_records, save_records
-from drivekd.errors import CacheError, RecipeError
+from drivekd.errors import CacheError, NonFiniteLossError, RecipeError, TrainingMemoryError
 from drivekd.train import SignalConfig, cache_targets, distill, load_model, plan_cache
 from drivekd.train.cache import fill, store
 from drivekd.train.cache.store import SHARDS, TargetStore
@@ -233,15 +233,15 @@ def test_other_families(write, tmp_path, monkeypatch, family, side):
 def test_no_teacher_is_loaded_and_its_folder_may_be_gone(
     ready, checkpoints, tmp_path, run_python, monkeypatch
 ):
-    """The second run in a process of its own, the teachers' folders deleted: equal bits."""
+    """The second run in a process of its own, weights or the whole folder deleted: equal bits."""
     moved = tmp_path / "checkpoints"
     shutil.copytree(checkpoints, moved)
     for file in (tmp_path / "recipe.yaml", tmp_path / "targets" / "teachers.json"):
         file.write_text(file.read_text().replace(str(checkpoints), str(moved)))
     monkeypatch.setattr("drivekd.train.models._load", None)
     distill(ready(f"training.output_dir={tmp_path / 'with'}"))
-    for name in ("shallow", "deep"):
-        shutil.rmtree(moved / name)
+    (moved / "shallow" / "model.safetensors").unlink()
+    shutil.rmtree(moved / "deep")
     run_python(
         "from drivekd.train import distill, load_recipe;"
         f"distill(load_recipe({str(tmp_path / 'recipe.yaml')!r}))"
@@ -432,6 +432,41 @@ def test_disk_that_fills_up_midway_keeps_what_was_written(write, tmp_path, monke
     assert 2 <= kept < 8 and f"The {kept} entries written before are kept" in str(error.value)
     assert not list((tmp_path / "targets").glob("incomplete/*"))
     assert cache_targets(recipe).written == 8 - kept
+
+
+def test_slow_teachers_lose_minutes_at_most(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_FLUSH_SECONDS", -1.0)
+    assert cache_targets(write()).written == 8
+    assert len(list((tmp_path / "targets" / SHARDS).iterdir())) == 8
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory: 8")],
+)
+def test_out_of_memory_says_what_to_change_and_keeps_what_was_made(
+    write, tmp_path, monkeypatch, error
+):
+    capture, calls = fill.capture_attention, iter(range(9))
+
+    def full(*arguments, **settings):
+        if next(calls) == 1:
+            raise error
+        return capture(*arguments, **settings)
+
+    monkeypatch.setattr(fill, "capture_attention", full)
+    with pytest.raises(TrainingMemoryError, match=r"cache\.batch_size below 4"):
+        cache_targets(write())
+    assert len(TargetStore(tmp_path / "targets")) == 4
+
+
+def test_teacher_without_finite_maps_is_refused(write, checkpoints, tmp_path):
+    model = load_model(checkpoints / "shallow")
+    with torch.no_grad():
+        model.model.language_model.layers[0].self_attn.q_proj.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(NonFiniteLossError, match="teacher 'shallow', record 'sort-0'"):
+        cache_targets(write(f"teachers.shallow={tmp_path / 'broken'}"))
 
 
 def flip(file, place):

@@ -31,6 +31,7 @@ from drivekd.train.cache.plan import (
 )
 from drivekd.train.cache.store import TargetStore, TargetWriter, write_json, writing
 from drivekd.train.cache.targets import TEACHERS, as_table, known_teachers
+from drivekd.train.guards import is_out_of_memory
 from drivekd.train.models import check_same_vision
 from drivekd.train.recipe import Recipe
 from drivekd.train.teachers import load_teacher
@@ -300,7 +301,9 @@ def _advice(job: Job) -> Iterator[None]:
     """Say what to change where memory runs out."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise TrainingMemoryError(
             f"out of memory: {error} Change one of: cache.batch_size below "
             f"{job.settings.batch_size}, teacher_dtype=bfloat16, smaller or fewer images per record"

@@ -79,8 +79,9 @@ class MapSpec:
 def sample_digest(features: Mapping[str, Tensor]) -> str:
     """32 hex digits of all model inputs of one encoded record, labels left out.
 
-    Tokens, pixels and grids as the teacher gets them: a changed image, question or image setting
-    is another sample.
+    Tokens, pixels and grids as the teacher gets them, to the bit: a changed image, question or
+    image setting is another sample, and so is one whose pixels another version of the image
+    libraries rounds in another way.
     """
     digest = hashlib.sha256()
     for name in sorted(features):

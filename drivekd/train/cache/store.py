@@ -1,9 +1,10 @@
 """Cached targets on the disk: shards that are whole or absent, entries with checksums.
 
-`<cache>/shards/*.safetensors` hold entries, several tensors each, named `<key>.<part>`; a shard's
-metadata has the checksum of each entry. A shard is written under `<cache>/incomplete/`, synced and
-renamed, and never changed again. What a key stands for never changes either, so shards of several
-recipes may lie side by side, and none is ever out of date: what nobody asks for is not read.
+`<cache>/shards-1/*.safetensors` (1 is the format's number) hold entries, several tensors each,
+named `<key>.<part>`; a shard's metadata has the checksum of each entry. A shard is written under
+`<cache>/incomplete/`, synced and renamed, and never changed again. What a key stands for never
+changes either, so shards of several recipes may lie side by side, and none is ever out of date:
+what nobody asks for is not read.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from torch import Tensor
 
 from drivekd.errors import CacheError
 from drivekd.functional import AttentionMapTarget
+from drivekd.train.cache.keys import FORMAT
 from drivekd.train.checkpoints import STAGING, replace_file
 
-SHARDS = "shards"
+SHARDS = f"shards-{FORMAT}"
 LOCK = "lock"
 # What files hold beside tensors, at most: names, shapes and checksums of one entry, and the rest.
 ENTRY_OVERHEAD, SHARD_OVERHEAD = 1024, 1024

@@ -196,7 +196,7 @@ def _teacher(settings: CacheConfig, path: str | Path) -> TeacherRecord:
     """The teacher as it is, or if it is not there as the cache knows it."""
     try:
         return read_teacher(path, local_files_only=True)
-    except OSError as error:
+    except (OSError, RecipeError) as error:
         known = known_teachers(Path(settings.path))
         if str(path) not in known:
             reason = str(error).splitlines()[0]
