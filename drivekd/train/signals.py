@@ -61,10 +61,12 @@ class CachedSignal:
     Attributes:
         loss: The loss with resolved layers.
         source: Where a batch finds its targets.
+        entries: How many records' targets there are.
     """
 
     loss: AttentionMapLoss
     source: Source
+    entries: int
 
 
 class StudentCapture:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from drivekd.data.collate import Collator
 from drivekd.projection import GradientProjector
 from drivekd.reweighting import BalancedWeights, OnlineWeights, Reweighting, StaticWeights
-from drivekd.train.cache.targets import bind, teacher_precision
+from drivekd.train.cache.targets import bind, teacher_precision, warn_of_missing
 from drivekd.train.config import ANCHOR, DistillConfig
 from drivekd.train.guards import TaskLoss, advise_on_memory, check_finite
 from drivekd.train.metrics import StepMetrics
@@ -147,6 +147,7 @@ class DistillTrainer(SurvivingTrainer):
         )
         types = _question_types(self.train_dataset) if question_types is None else question_types
         self.plan = SignalPlan(config, self.model, ready, types, cached)
+        warn_of_missing(cached, self.plan.signals, self.train_dataset)
         self.data_collator = collator.with_routes(self.plan.routes, self.plan.sources)
         self.projector = GradientProjector(
             [

@@ -313,13 +313,15 @@ def test_record_that_changed_is_a_miss(ready, tmp_path, change):
     distill(ready("training.max_steps=8"))
 
 
-def test_record_that_was_never_cached_is_named(ready, tmp_path):
+def test_record_that_was_never_cached_is_named(ready, tmp_path, caplog):
     records = load_records(tmp_path / "train.json")
     other = (Message("user", "w100 w101"), Message("assistant", "w102"))
     new = dataclasses.replace(records[-1], messages=other, id="new")
     save_records([*records, new], tmp_path / "train.json")
     with pytest.raises(CacheError, match="signal 'sort', record 'new'"):
         distill(ready("training.max_steps=9"))
+    assert "5 targets of signal 'sort', which works on 6 records" in caplog.text
+    assert "'fold'" not in caplog.text
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -373,6 +375,13 @@ def test_cache_of_nothing_is_refused_at_once(write, tmp_path):
         distill(write())
     with pytest.raises(CacheError, match=r"teacher nowhere is not there .* filled from it but"):
         distill(write("teachers.shallow=nowhere"))
+    with pytest.raises(OSError, match=r"gone is not a folder of a saved model"):
+        cache_targets(write(f"teachers.shallow={tmp_path / 'gone'}"))
+
+
+def test_settings_that_a_cache_was_not_filled_with_are_named(ready):
+    with pytest.raises(CacheError, match=r"signal 'fold'.*cache\.dtype=float16, cache\.top_k=7\)"):
+        distill(ready("cache.top_k=7"))
 
 
 # What survives
@@ -430,7 +439,7 @@ def test_disk_that_fills_up_midway_keeps_what_was_written(write, tmp_path, monke
             cache_targets(recipe)
     kept = len(TargetStore(tmp_path / "targets"))
     assert 2 <= kept < 8 and f"The {kept} entries written before are kept" in str(error.value)
-    assert not list((tmp_path / "targets").glob("incomplete/*"))
+    assert not (tmp_path / "targets" / "incomplete").exists()
     assert cache_targets(recipe).written == 8 - kept
 
 

@@ -37,7 +37,6 @@ from drivekd.train.recipe import Recipe
 from drivekd.train.teachers import load_teacher
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
-_GIB = 2**30
 
 
 def plan_cache(
@@ -117,9 +116,9 @@ def cache_targets(
         needed = plan.missing_bytes + plan.overhead_bytes
         if needed > plan.free_bytes:
             raise CacheError(
-                f"{folder} needs up to {needed / _GIB:.2f} GiB more but its disk has "
-                f"{plan.free_bytes / _GIB:.2f} GiB free; nothing was written. Make room, take "
-                "another cache.path, or a smaller cache.top_k"
+                f"{folder} needs up to {needed:,} bytes more but its disk has "
+                f"{plan.free_bytes:,} free; nothing was written. Make room, take another "
+                "cache.path, or a smaller cache.top_k"
             )
         for file in store.damaged:
             file.unlink()

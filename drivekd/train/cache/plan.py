@@ -164,8 +164,8 @@ def prepare(recipe: Recipe) -> Job:
     for signal in signals:
         path = recipe.teachers[signal.teacher]
         if path not in teachers:
-            check_tokenizer(signal.teacher, path, tokenizer)
             teachers[path] = read_teacher(path)
+            check_tokenizer(signal.teacher, path, tokenizer)
         loss = attention_loss(signal, num_layers(student_config), teachers[path].depth)
         types = mixing[signal.name]
         spec = map_spec(recipe.cache, loss, teachers[path], precision=precision)

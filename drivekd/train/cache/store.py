@@ -79,9 +79,9 @@ class TargetStore:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": OrderedDict()}
 
-    def has_any(self, prefix: str) -> bool:
-        """Whether a key starts so."""
-        return any(key.startswith(prefix) for key in self._places)
+    def count(self, prefix: str) -> int:
+        """How many keys start so."""
+        return sum(key.startswith(prefix) for key in self._places)
 
     def drop_shard_of(self, key: str) -> None:
         """Take a shard for damaged: none of its entries is there any more."""
@@ -187,9 +187,9 @@ class TargetWriter:
             replace_file(draft, final)
         except OSError as error:
             draft.unlink(missing_ok=True)
-            free = shutil.disk_usage(self.folder).free / 2**30
+            free = shutil.disk_usage(self.folder).free
             raise CacheError(
-                f"{final} could not be written ({error}); {self.folder} has {free:.1f} GiB free. "
+                f"{final} could not be written ({error}); {self.folder} has {free:,} bytes free. "
                 f"The {self.entries:,} entries written before are kept: make room and run the same "
                 "command again, it goes on from there"
             ) from error
@@ -216,8 +216,10 @@ def writing(folder: Path) -> Iterator[None]:
                 f"another process is filling {folder}; wait for it, or take another cache.path"
             ) from error
         shutil.rmtree(folder / STAGING, ignore_errors=True)
-        yield
-        shutil.rmtree(folder / STAGING, ignore_errors=True)
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,13 +19,14 @@ from drivekd.train.cache.keys import MapSpec, TeacherRecord, sample_digest, teac
 from drivekd.train.cache.store import TargetStore
 from drivekd.train.config import DistillConfig, nearest
 from drivekd.train.recipe import CacheConfig
-from drivekd.train.signals import CachedSignal, attention_loss, depth
+from drivekd.train.signals import CachedSignal, Signal, attention_loss, depth
 from drivekd.train.teachers import num_layers, read_config
 
 if TYPE_CHECKING:
     from drivekd.data import Record
 
 TEACHERS = "teachers.json"
+_LOG = logging.getLogger(__name__)
 
 
 class CachedSource:
@@ -122,14 +124,43 @@ def bind(
         teacher = records[str(path)]
         loss = attention_loss(signal, depth(student), teacher.depth)
         spec = map_spec(settings, loss, teacher, precision=precision)
-        if not store.has_any(spec.digest):
+        entries = store.count(spec.digest)
+        if entries == 0:
             raise CacheError(
                 f"signal {signal.name!r}: {settings.path} has no targets of teacher "
-                f"{signal.teacher!r} ({path}) with these layers and settings ({precision}); run "
-                "`drivekd cache` with this recipe and the same settings"
+                f"{signal.teacher!r} ({path}) with these layers and settings ({precision}, "
+                f"cache.dtype={settings.dtype}"
+                + (f", cache.top_k={settings.top_k}" if spec.top_k else "")
+                + "); run `drivekd cache` with this recipe and the same settings"
             )
-        bound[signal.name] = CachedSignal(loss, CachedSource(store, spec, signal.name))
+        source = CachedSource(store, spec, signal.name)
+        bound[signal.name] = CachedSignal(loss, source, entries)
     return bound
+
+
+def warn_of_missing(
+    cached: Mapping[str, CachedSignal], signals: Sequence[Signal], records: Any
+) -> None:
+    """Say before training, not hours later, that a cache is probably not complete.
+
+    Only encoding all records would tell for sure: equal ones share an entry.
+    """
+    try:
+        types = [records[i].question_type for i in range(len(records))]
+    except (TypeError, AttributeError):
+        return
+    for signal in signals:
+        name = signal.config.name
+        wanted = sum(each in signal.sample_weights for each in types)
+        if name in cached and cached[name].entries < wanted:
+            _LOG.warning(
+                "the cache has %d targets of signal %r, which works on %d records: unless some of "
+                "these are equal, training will stop at those that are missing; `drivekd cache "
+                "RECIPE --dry-run` counts them",
+                cached[name].entries,
+                name,
+                wanted,
+            )
 
 
 def map_spec(
