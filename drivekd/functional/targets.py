@@ -198,8 +198,9 @@ def attention_map_targets(
         BackendUnavailableError: The backend asked for by name cannot run.
 
     Note:
-        Works in chunks of rows: no (N, N) tensor with a head axis exists, and of N of 512 and more
-        no (N, N) tensor. Reads the numbers of text and vision tokens back from the device.
+        Works in chunks of rows: no (N, N) tensor with a head axis exists, and from N = 512 on no
+        (N, N) tensor but a target that holds all cells. Reads the numbers of text and vision
+        tokens back from the device.
 
     Example:
         >>> import torch

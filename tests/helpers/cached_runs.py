@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from drivekd.data import Message, Record, save_records
-from drivekd.train import load_recipe
+from drivekd.train import load_model, load_recipe
 from tests.helpers import toy_data, toy_models
 
 TYPES = ("sort", "fold", "sort", "wash", "fold", "sort")
@@ -84,3 +84,7 @@ def losses_of(run: Path) -> dict[str, list[float]]:
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     names = ("sort", "fold", "wash")
     return {n: [row[f"{n}/loss"] for row in rows if f"{n}/loss" in row] for n in names}
+
+
+def weights(folder: Path) -> dict:
+    return load_model(folder).state_dict()
