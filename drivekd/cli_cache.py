@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -32,9 +33,10 @@ def add_cache_command(commands: Any, add_command: Any) -> None:
         help="run a recipe's teachers once and keep their attention maps",
         description="Say how large the attention maps will be that a recipe's teachers give its "
         "training records,\nrun the teachers over the records that are not there yet, and keep the "
-        "maps in cache.path.\nStopped at any point, it goes on where it was. With cache.path, "
-        "`drivekd distill` then needs no\nteacher. Text-to-vision maps are kept whole (their loss "
-        "changes by less than 0.05 %), of full\nmaps the cache.top_k largest cells of each row.",
+        "maps in cache.path.\nStopped at any point, it goes on where it was; under torchrun, "
+        "processes share the records. With\ncache.path, `drivekd distill` then needs no teacher. "
+        "Text-to-vision maps are kept whole (their loss\nchanges by less than 0.05 %), of full "
+        "maps the cache.top_k largest cells of each row.",
     )
     command.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
@@ -50,9 +52,11 @@ def _run_cache(settings: argparse.Namespace) -> int:
 
     recipe = load_recipe(settings.recipe, settings.overrides)
     progress = _Progress()
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes the first
     if settings.dry_run:
         plan = plan_cache(recipe, check=settings.check, progress=progress)
-        print(to_text(plan_table(plan)))
+        if speaks:
+            print(to_text(plan_table(plan)))
         return OK
     plan = cache_targets(
         recipe,
@@ -60,7 +64,8 @@ def _run_cache(settings: argparse.Namespace) -> int:
         progress=progress,
         announce=lambda plan: print(to_text(plan_table(plan)), flush=True),
     )
-    print(f"wrote {plan.written:,} entries, {size_text(plan.written_bytes)}, to {plan.folder}")
+    if speaks:
+        print(f"wrote {plan.written:,} entries, {size_text(plan.written_bytes)}, to {plan.folder}")
     return OK
 
 

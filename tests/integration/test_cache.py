@@ -24,6 +24,7 @@ from drivekd.train.cache import fill, store
 from drivekd.train.cache.store import SHARDS, TargetStore
 from tests.helpers import killed_runs
 from tests.helpers.cached_runs import losses_of, weights
+from tests.helpers.ranks import start_ranks
 
 
 def size_of(folder: Path) -> int:
@@ -355,6 +356,23 @@ def test_one_writer_at_a_time(ready, tmp_path):
         pytest.raises(CacheError, match="another process is filling"),
     ):
         cache_targets(ready())
+
+
+@pytest.mark.slow
+def test_two_processes_fill_it_together(ready, tmp_path):
+    """Half a cache is there; each process makes half of the rest, and it is what one makes."""
+    alone = TargetStore(tmp_path / "targets")
+    cache_targets(ready(f"cache.path={tmp_path / 'two'}", "distill.signals.fold.student_layers=0"))
+    before = len(TargetStore(tmp_path / "two"))
+    arguments = ["cache.path=" + str(tmp_path / "two"), "training.ddp_backend=gloo"]
+    start_ranks(["-m", "drivekd", "cache", str(tmp_path / "recipe.yaml"), *arguments], 2)
+    together = TargetStore(tmp_path / "two")
+    assert len(together) == before + 2
+    assert len(list((tmp_path / "two" / SHARDS).iterdir())) == 3
+    for key in (key for keys in alone.files().values() for key in keys):
+        for a, b in zip(together.read(key), alone.read(key), strict=True):
+            # Records share a batch with others than before.
+            torch.testing.assert_close(a.values, b.values, rtol=2.0**-10, atol=2.0**-24)
 
 
 # The command

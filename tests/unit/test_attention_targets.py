@@ -89,7 +89,7 @@ def assert_pairs_agree(seeds, **drawing):
             torch.testing.assert_close(given, live, rtol=1e-9, atol=floor)
 
 
-@pytest.mark.parametrize("first", range(0, 60, 20))
+@pytest.mark.parametrize("first", range(0, 40, 20))
 def test_loss_against_a_whole_target_is_the_loss_against_its_teacher(first):
     assert_pairs_agree(range(first, first + 20))
 
@@ -98,7 +98,7 @@ def test_and_on_the_path_of_other_devices_in_many_chunks(monkeypatch):
     """On a GPU no value of the layout is read; here the same path runs on the CPU."""
     monkeypatch.setattr(attention_chunks, "READABLE", frozenset())
     monkeypatch.setitem(attention_chunks._STACK_BYTES, "cpu", 1)
-    assert_pairs_agree(range(300, 330))
+    assert_pairs_agree(range(300, 320))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

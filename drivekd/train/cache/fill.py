@@ -63,8 +63,10 @@ def plan_cache(
         OSError: A checkpoint or file does not exist.
     """
     job = prepare(recipe)
-    samples = measure(job, progress)
-    return make_plan(job, samples, open_store(job, samples, check=check))
+    samples = measure(job, progress if job.ranks.is_first else None)
+    plan = make_plan(job, samples, open_store(job, samples, check=check))
+    job.ranks.close()
+    return plan
 
 
 def cache_targets(
@@ -78,7 +80,8 @@ def cache_targets(
 
     Makes only what is not there: a fill that was stopped, by a kill or a full disk, goes on where
     its last shard ended, and a record or teacher that changed is made again. Teachers run in the
-    dtype and autocast of the training run, one after the other, no deeper than needed.
+    dtype and autocast of the training run, one after the other, no deeper than needed. Started by
+    torchrun or accelerate, every process takes its share of the records.
 
     Args:
         recipe: What `load_recipe` gave, with `cache.path`.
@@ -106,12 +109,15 @@ def cache_targets(
         ...     ["cache.path=runs/targets"]))  # doctest: +SKIP
     """
     job = prepare(recipe)
+    ranks = job.ranks
+    progress = progress if ranks.is_first else None
     samples = measure(job, progress)
     folder = Path(job.settings.path)
-    with writing(folder):
+    with writing(folder) if ranks.is_first else contextlib.nullcontext():
+        ranks.wait()
         store = open_store(job, samples, check=check)
         plan = make_plan(job, samples, store)
-        if announce is not None:
+        if announce is not None and ranks.is_first:
             announce(plan)
         needed = plan.missing_bytes + plan.overhead_bytes
         if needed > plan.free_bytes:
@@ -120,9 +126,11 @@ def cache_targets(
                 f"{plan.free_bytes:,} free; nothing was written. Make room, take another "
                 "cache.path, or a smaller cache.top_k"
             )
-        for file in store.damaged:
-            file.unlink()
-        write_json(folder / TEACHERS, as_table({**known_teachers(folder), **job.teachers}))
+        ranks.wait()  # nobody writes before all have looked
+        if ranks.is_first:
+            for file in store.damaged:
+                file.unlink()
+            write_json(folder / TEACHERS, as_table({**known_teachers(folder), **job.teachers}))
         writer = TargetWriter(folder, shard_bytes=int(job.settings.shard_mib * 2**20))
         try:
             for part in _by_teacher(job.wanted):
@@ -132,7 +140,13 @@ def cache_targets(
                 writer.flush()
             raise
         writer.flush()
-    return replace(plan, written=writer.entries, written_bytes=writer.bytes)
+        written = ranks.gather((writer.entries, writer.bytes))
+    ranks.close()
+    return replace(
+        plan,
+        written=sum(entries for entries, _ in written),
+        written_bytes=sum(size for _, size in written),
+    )
 
 
 class _EncodedRecords(Dataset[tuple[int, dict[str, Tensor]]]):
@@ -176,11 +190,12 @@ def _run_teacher(
         planned |= missing.keys()
         if together:
             needs.setdefault(together, []).append(index)
-    if not needs:
+    own = {together: job.ranks.share(indices) for together, indices in needs.items()}
+    if not any(own.values()):
         return
     first = wanted[0]
     layers = sorted({layer for each in wanted for group in each.spec.groups for layer in group})
-    device = torch.device(job.recipe.teacher_device or job.args.device)
+    device = torch.device(job.recipe.teacher_device or job.ranks.device)
     with _advice(job):
         try:
             teacher = load_teacher(
@@ -191,8 +206,8 @@ def _run_teacher(
         student: Any = SimpleNamespace(config=job.student_config)
         check_same_vision(first.teacher, teacher, student)
         size = job.settings.batch_size
-        for together, indices in needs.items():
-            batches = [indices[i : i + size] for i in range(0, len(indices), size)]
+        for together, indices in own.items():
+            batches = [list(indices[i : i + size]) for i in range(0, len(indices), size)]
             for batch in DataLoader(
                 _EncodedRecords(job),
                 batch_sampler=batches,
@@ -201,7 +216,7 @@ def _run_teacher(
             ):
                 _cache_batch(job, teacher, device, together, batch, writer, first.teacher)
                 if progress is not None:
-                    progress("cached", writer.taken, plan.missing)
+                    progress("cached", writer.taken * job.ranks.count, plan.missing)
 
 
 def _cache_batch(

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from drivekd.data import Collator, Record
 from drivekd.errors import CacheError, RecipeError
 from drivekd.train.cache.keys import MapSpec, TeacherRecord, sample_digest
+from drivekd.train.cache.ranks import Ranks
 from drivekd.train.cache.store import ENTRY_OVERHEAD, SHARD_OVERHEAD, TargetStore
 from drivekd.train.cache.targets import map_spec, read_teacher, teacher_precision
 from drivekd.train.encoders import build_encoder
@@ -112,6 +113,7 @@ class Job:
     student_config: Any
     teachers: Mapping[str, TeacherRecord]
     wanted: tuple[Wanted, ...]
+    ranks: Ranks
 
 
 class MeasuredRecords(Dataset[tuple[int, Sample]]):
@@ -172,13 +174,21 @@ def prepare(recipe: Recipe) -> Job:
         chosen = tuple(i for i, record in enumerate(records) if record.question_type in types)
         wanted.append(Wanted(signal.name, signal.teacher, path, spec, chosen))
     return Job(
-        recipe, recipe.cache, args, records, collator, student_config, teachers, tuple(wanted)
+        recipe,
+        recipe.cache,
+        args,
+        records,
+        collator,
+        student_config,
+        teachers,
+        tuple(wanted),
+        Ranks(args),
     )
 
 
 def measure(job: Job, progress: Progress | None) -> dict[int, Sample]:
     """Encode every record that is wanted, once, and keep what its entries' sizes follow from."""
-    indices = sorted({i for each in job.wanted for i in each.records})
+    indices = job.ranks.share(sorted({i for each in job.wanted for i in each.records}))
     samples: dict[int, Sample] = {}
     for index, sample in DataLoader(
         MeasuredRecords(job),
@@ -189,7 +199,7 @@ def measure(job: Job, progress: Progress | None) -> dict[int, Sample]:
         samples[index] = sample
         if progress is not None:
             progress("encoded", len(samples), len(indices))
-    return samples
+    return {index: each for part in job.ranks.gather(samples) for index, each in part.items()}
 
 
 def open_store(job: Job, samples: Mapping[int, Sample], *, check: bool) -> TargetStore:
