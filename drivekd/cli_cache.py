@@ -35,8 +35,8 @@ def add_cache_command(commands: Any, add_command: Any) -> None:
         "training records,\nrun the teachers over the records that are not there yet, and keep the "
         "maps in cache.path.\nStopped at any point, it goes on where it was; under torchrun, "
         "processes share the records. With\ncache.path, `drivekd distill` then needs no teacher. "
-        "Text-to-vision maps are kept whole (their loss\nchanges by less than 0.05 %), of full "
-        "maps the cache.top_k largest cells of each row.",
+        "Text-to-vision maps are kept whole (in float16, to\n0.05 %), of full maps the cache.top_k "
+        "largest cells of each row.",
     )
     command.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE")

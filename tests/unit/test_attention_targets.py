@@ -225,6 +225,25 @@ def test_half_precision_rectangles_change_the_loss_within_their_rounding(loss, s
         assert (a - b).norm() <= 1e-3 * b.norm()
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_half_precision_is_seen_by_a_student_that_is_its_teacher_and_bounded(loss):
+    """The live loss is 0; what is left is the rounding of the target, in second order."""
+    case = make_case(num_tokens=65, vision=(0.1, 0.7))
+    for dtype in (torch.float16, torch.float64):
+        (target,) = attention_map_targets(
+            [case.student], [[0]], case.tokens, region="text_to_vision", dtype=dtype
+        )
+        left = attention_map_target_loss(*case.student, target, case.tokens, loss=loss)
+        if dtype == torch.float64:
+            assert left < 1e-16  # a few roundings of float64
+            continue
+        p_t = torch.ldexp(target.values.double(), target.exponents[..., None].int())
+        # Rows of P_t and P_t (1 + d), |d| <= 2^-11: their difference, that of the unit vectors,
+        # and KL <= chi^2 of the renormalised rows.
+        bounds = {"mse": HALF**2 * p_t.square().mean(), "cosine": HALF**2 * 2, "kl": HALF**2 * 4}
+        assert 0 < left <= bounds[loss] * 1.01
+
+
 @everything
 def test_nothing_is_read_back_on_other_devices(loss, region, monkeypatch):
     monkeypatch.setattr(attention_chunks, "READABLE", frozenset())
