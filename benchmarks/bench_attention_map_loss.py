@@ -1,10 +1,17 @@
-"""Loss and gradients of one layer pair: the torch backend beside eager maps with autograd."""
+"""Loss and gradients of one layer pair: the torch backend beside eager maps with autograd.
+
+`kept` reads a text-to-vision target that was made before, as training from a cache does.
+"""
 
 import pytest
 import torch
 
 from benchmarks.shapes import CPU_PAIRS
-from drivekd.functional import attention_map_loss
+from drivekd.functional import (
+    attention_map_loss,
+    attention_map_target_loss,
+    attention_map_targets,
+)
 from drivekd.reference import attention_map as reference
 from drivekd.tokens import TokenLayout
 
@@ -28,6 +35,11 @@ def fused(student, teacher, tokens, region):
     return loss, torch.autograd.grad(loss, student)
 
 
+def kept(student, target, tokens, region):
+    loss = attention_map_target_loss(*student, target, tokens)
+    return loss, torch.autograd.grad(loss, student)
+
+
 def eager(student, teacher, tokens, region):
     num_tokens = student[0].shape[2]
     seen = (
@@ -46,16 +58,22 @@ def eager(student, teacher, tokens, region):
     return loss, torch.autograd.grad(loss, student)
 
 
-@pytest.mark.parametrize("way", [fused, eager], ids=["fused", "eager"])
+@pytest.mark.parametrize("way", [fused, kept, eager], ids=["fused", "kept", "eager"])
 @pytest.mark.parametrize("region", ["full", "text_to_vision"])
 @pytest.mark.parametrize("shape", CPU_PAIRS)
 def bench_attention_map_loss(benchmark, shape, region, way):
     pair = CPU_PAIRS[shape]
     if region == "text_to_vision" and not pair.num_vision:
         pytest.skip("this shape has no vision tokens")
+    if way is kept and region == "full":
+        pytest.skip("of a full map only the largest cells are kept: another loss")
     case = make(pair, region)
-    loss, gradients = way(*case)
     wanted, wanted_gradients = eager(*case)
+    if way is kept:
+        student, teacher, tokens, _ = case
+        (target,) = attention_map_targets([teacher], [[0]], tokens, region=region)
+        case = (student, target, tokens, region)
+    loss, gradients = way(*case)
     torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=0)
     for got, want in zip(gradients, wanted_gradients, strict=True):
         assert (got - want).norm() <= 1e-3 * want.norm()  # both are float32, sums differ in order

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from drivekd.cli_cache import add_cache_command
 from drivekd.cli_data import FOUND_PROBLEMS, OK, add_data_commands
 from drivekd.cli_report import add_report_command
 from drivekd.errors import (
     BackendUnavailableError,
+    CacheError,
     CaptureError,
     CheckpointError,
     DataError,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 # What a user can put right; anything else is a bug and shows its traceback.
 EXPECTED_ERRORS = (
     BackendUnavailableError,
+    CacheError,
     CaptureError,
     CheckpointError,
     DataError,
@@ -60,6 +63,7 @@ examples:
   drivekd demo --fast                                 see that everything works, learn nothing
   drivekd demo --seeds 0 1 2 --output runs/three      means with standard errors
   drivekd distill recipes/multi.yaml training.learning_rate=1e-5 training.output_dir=runs/a
+  drivekd cache recipes/multi.yaml cache.path=runs/targets --dry-run
   drivekd verify recipes/multi.yaml                   fused losses against eager ones
   drivekd data check train.json --root images/
   drivekd doctor OpenGVLab/InternVL3-8B-hf            what its parts as a teacher would cost
@@ -69,6 +73,7 @@ examples:
 where things go:
   demo        runs/demo, or --output: report.html, report.md, report.json, plots, data, students
   distill     training.output_dir of the recipe: student/, log.jsonl, checkpoint-*/
+  cache       cache.path of the recipe
   verify      there too: verify.json
   report      report.html beside the run's log.jsonl
   the others  to the terminal; --json (data, doctor, evaluate) for programs
@@ -134,6 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_distill(commands)
+    add_cache_command(commands, _add_command)
     _add_verify(commands)
     add_report_command(commands, _add_command)
     add_data_commands(commands, _add_command)

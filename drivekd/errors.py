@@ -33,6 +33,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or is damaged; the message says what to do."""
 
 
+class CacheError(RuntimeError):
+    """Cached targets are missing or damaged, or could not be written; says what to do."""
+
+
 class NonFiniteLossError(RuntimeError):
     """A loss is NaN or infinite; the message names task, layers and records."""
 

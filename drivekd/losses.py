@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from drivekd.errors import TokenMismatchError
-from drivekd.functional import layerwise_attention_map_loss
+from drivekd.functional import (
+    AttentionMapTarget,
+    layerwise_attention_map_loss,
+    layerwise_attention_map_target_loss,
+)
 from drivekd.functional.attention import (
     Denominator,
     Loss,
@@ -143,6 +147,56 @@ class AttentionMapLoss(nn.Module):
             lse_teacher=[each.lse for each in teachers],
         )
 
+    def with_targets(
+        self,
+        student_capture: CaptureRecords,
+        targets: Sequence[AttentionMapTarget],
+        tokens: TokenLayout | None,
+        sample_weight: Tensor | None = None,
+        *,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> Tensor:
+        """The same loss against targets that were kept; no teacher runs.
+
+        Args:
+            student_capture: Captured forward of the student.
+            targets: One for each student layer, made by `drivekd.functional.attention_map_targets`
+                of this loss's groups.
+            tokens: What each token is.
+            sample_weight: (B,) floating, one weight a sample.
+            reduction: `"mean"` over student layers, or `"none"`.
+
+        Raises:
+            NotImplementedError: A student layer has another sliding window than its target.
+            ValueError: As `drivekd.functional.layerwise_attention_map_target_loss`, or the targets
+                are of another region.
+            drivekd.errors.CaptureError: A layer was not captured.
+        """
+        students = [student_capture[layer] for layer in self.student_layers]
+        for layer, student, target in zip(self.student_layers, students, targets, strict=True):
+            if target.region != self.region:
+                raise ValueError(
+                    f"the target of student layer {layer} is of region {target.region!r}, the loss "
+                    f"of {self.region!r}"
+                )
+            own, other = (_window_within(student.query, each.window) for each in (student, target))
+            if own != other:
+                raise NotImplementedError(
+                    f"student layer {layer} attends within a window of {own} tokens but its target "
+                    f"within {other}; pair layers with the same window"
+                )
+        return layerwise_attention_map_target_loss(
+            [(each.query, each.key) for each in students],
+            targets,
+            tokens,
+            reduction=reduction,
+            loss=self.loss,
+            denominator=self.denominator,
+            sample_weight=sample_weight,
+            scale_student=[each.scale for each in students],
+            lse_student=[each.lse for each in students],
+        )
+
     def extra_repr(self) -> str:
         """The settings, for `print(model)`."""
         return (
@@ -192,8 +246,12 @@ def _on(device: torch.device, record: LayerRecord) -> LayerRecord:
 
 
 def _effective_window(record: LayerRecord) -> int | None:
-    window = record.window
-    return None if window is None or window >= record.query.shape[2] else window
+    return _window_within(record.query, record.window)
+
+
+def _window_within(query: Tensor, window: int | None) -> int | None:
+    """A window that covers all tokens is none."""
+    return None if window is None or window >= query.shape[2] else window
 
 
 def _check_same_tokens(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -16,29 +16,57 @@ if TYPE_CHECKING:
     from drivekd.data.records import Record
 
 
+class Stored(Protocol):
+    """Something of a batch's samples that was computed before; moves with the batch."""
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self: ...  # noqa: D102
+    def pin_memory(self) -> Self: ...  # noqa: D102
+
+
+class Source(Protocol):
+    """Finds what was stored of some samples; called in loader workers too."""
+
+    def __call__(
+        self,
+        records: Sequence[Record],
+        features: Sequence[Mapping[str, Tensor]],
+        *,
+        length: int,
+        padding_side: Literal["left", "right"],
+    ) -> tuple[Stored, ...]:
+        """What was stored of these records, encoded as given, padded to `length` tokens."""
+        ...
+
+
 @dataclass(frozen=True)
 class Route:
     """The samples of a batch that one receiver sees, ready for its forward.
 
     Attributes:
         rows: (B_route,) int64 sample indices into the batch, ascending.
-        inputs: Model inputs of those samples, padded to the batch's length; no labels.
+        inputs: Model inputs of those samples, padded to the batch's length; no labels. Empty for a
+            receiver that has a source.
+        stored: What the receiver's source gave.
     """
 
     rows: Tensor
     inputs: dict[str, Tensor]
+    stored: tuple[Stored, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Copy to a device."""
         return type(self)(
             self.rows.to(device, non_blocking=non_blocking),
             {k: v.to(device, non_blocking=non_blocking) for k, v in self.inputs.items()},
+            tuple(each.to(device, non_blocking=non_blocking) for each in self.stored),
         )
 
     def pin_memory(self) -> Self:
         """Copy to page-locked memory."""
         return type(self)(
-            self.rows.pin_memory(), {k: v.pin_memory() for k, v in self.inputs.items()}
+            self.rows.pin_memory(),
+            {k: v.pin_memory() for k, v in self.inputs.items()},
+            tuple(each.pin_memory() for each in self.stored),
         )
 
 
@@ -134,6 +162,8 @@ class Collator:
         pad_token_id: Id that fills `input_ids`.
         routes: For each receiver the question types that go to it; None for none.
         padding_side: Where padding goes.
+        sources: For receivers that read what was stored before instead of model inputs, where
+            they find it.
 
     Example:
         >>> collator = Collator(encoder, student.config, pad_token_id=0,
@@ -150,6 +180,7 @@ class Collator:
         pad_token_id: int,
         routes: Mapping[str, Collection[str]] | None = None,
         padding_side: Literal["left", "right"] = "right",
+        sources: Mapping[str, Source] | None = None,
     ) -> None:
         if not isinstance(pad_token_id, int) or pad_token_id < 0:
             raise ValueError(
@@ -167,6 +198,7 @@ class Collator:
         self.pad_token_id = pad_token_id
         self.padding_side: Literal["left", "right"] = padding_side
         self.routes = {name: frozenset(types) for name, types in (routes or {}).items()}
+        self.sources = dict(sources or {})
 
     def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
         """Make a batch.
@@ -184,25 +216,35 @@ class Collator:
             DataError: A record cannot be encoded.
             ValueError: Encoded samples do not fit into one batch.
         """
-        features = [self.encoder(record) for record in records]
+        return self.collate(records, [self.encoder(record) for record in records])
+
+    def collate(
+        self, records: Sequence[Record], features: Sequence[Mapping[str, Tensor]]
+    ) -> dict[str, Any]:
+        """Make a batch of records that are encoded already; see `__call__`."""
         batch: dict[str, Any] = dict(self._collate(features, None))
         types = [record.question_type for record in records]
         layout = self._layout(batch)
         if self.routes:
-            batch["routes"] = self._route(batch, features, types)
+            batch["routes"] = self._route(batch, features, records)
         batch["tokens"] = layout
         batch["question_types"] = types
         batch["record_ids"] = [record.id for record in records]
         return batch
 
-    def with_routes(self, routes: Mapping[str, Collection[str]]) -> Self:
-        """The same collator with other routes."""
+    def with_routes(
+        self,
+        routes: Mapping[str, Collection[str]],
+        sources: Mapping[str, Source] | None = None,
+    ) -> Self:
+        """The same collator with other routes and sources."""
         return type(self)(
             self.encoder,
             self.config,
             pad_token_id=self.pad_token_id,
             routes=routes,
             padding_side=self.padding_side,
+            sources=sources,
         )
 
     def _layout(self, batch: Mapping[str, Tensor]) -> TokenLayout:
@@ -223,13 +265,22 @@ class Collator:
         self,
         batch: Mapping[str, Tensor],
         features: Sequence[Mapping[str, Tensor]],
-        question_types: Sequence[str],
+        records: Sequence[Record],
     ) -> dict[str, Route]:
         length = batch["input_ids"].shape[1]
         routes: dict[str, Route] = {}
         for name, wanted in self.routes.items():
-            rows = [i for i, question_type in enumerate(question_types) if question_type in wanted]
+            rows = [i for i, record in enumerate(records) if record.question_type in wanted]
             if not rows:
+                continue
+            if name in self.sources:
+                stored = self.sources[name](
+                    [records[i] for i in rows],
+                    [features[i] for i in rows],
+                    length=length,
+                    padding_side=self.padding_side,
+                )
+                routes[name] = Route(torch.tensor(rows, dtype=torch.int64), {}, stored)
                 continue
             inputs = batch
             if len(rows) < len(features):

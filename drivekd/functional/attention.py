@@ -8,7 +8,13 @@ from torch import Tensor
 
 from drivekd import validation as check
 from drivekd.autograd.attention_map import AttentionMapLossFunction, AttentionMapLossSpec
-from drivekd.functional.layers import LayerNames, ModelLayers, autocast
+from drivekd.functional.layers import (
+    LayerNames,
+    ModelLayers,
+    autocast,
+    check_layout,
+    listed_layers,
+)
 from drivekd.functional.lse import SeenBy, check_log_sum_exps
 from drivekd.ops import attention_map as _ops
 from drivekd.ops.dispatch import BackendName, resolve
@@ -272,32 +278,13 @@ def layerwise_attention_map_loss(
         torch.Size([2])
     """
     check.check_choice("reduction", reduction, REDUCTIONS)
-    q_s, k_s = check.check_pairs("student_layers", student_layers)
-    q_t, k_t = check.check_pairs("teacher_layers", teacher_layers)
-    student, teacher = (
-        LayerNames(
-            f"{each}_layers[{{i}}][0]",
-            f"{each}_layers[{{i}}][1]",
-            f"scale_{each}" + ("[{i}]" if check.is_sequence(scale) else ""),
-            f"lse_{each}[{{i}}]",
-            learns=each == "student",
-        )
-        for each, scale in (("student", scale_student), ("teacher", scale_teacher))
-    )
+    student = listed_layers("student", student_layers, scale_student, lse_student, learns=True)
+    teacher = listed_layers("teacher", teacher_layers, scale_teacher, lse_teacher, learns=False)
+    num_student = len(student.queries)
     losses = _losses(
-        student.layers(
-            q_s,
-            k_s,
-            check.per_layer("scale_student", scale_student, len(q_s)),
-            check.per_layer("lse_student", lse_student, len(q_s)),
-        ),
-        teacher.layers(
-            q_t,
-            k_t,
-            check.per_layer("scale_teacher", scale_teacher, len(q_t)),
-            check.per_layer("lse_teacher", lse_teacher, len(q_t)),
-        ),
-        check_groups(groups, len(q_s), len(q_t)),
+        student,
+        teacher,
+        check_groups(groups, num_student, len(teacher.queries)),
         tokens,
         region=region,
         loss=loss,
@@ -305,7 +292,7 @@ def layerwise_attention_map_loss(
         causal=causal,
         windows=[
             check.check_window("window", each)
-            for each in check.per_layer("window", window, len(q_s))
+            for each in check.per_layer("window", window, num_student)
         ],
         sample_weight=sample_weight,
         backend=backend,
@@ -334,11 +321,7 @@ def _losses(
     check.check_same_tokens(teacher.queries[0], first, teacher.name, student.name)
     layout = check.check_tokens(tokens, first, student.name)
     weight = check.check_sample_weight(sample_weight, first)
-    if region == "text_to_vision" and layout is None:
-        raise ValueError(
-            "region is 'text_to_vision' but tokens is None; pass a TokenLayout, which says which "
-            "tokens are text and which are vision"
-        )
+    check_layout(region, layout)
     check_log_sum_exps(student, teacher, groups, windows, SeenBy(layout, causal, None, region))
     rectangle = layout if region == "text_to_vision" else None
     dtype = _ops.work_dtype([*student.queries, *teacher.queries])

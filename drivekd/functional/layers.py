@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from drivekd import validation as check
+from drivekd.tokens import TokenLayout
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,35 @@ class LayerNames:
             result.queries.append(autocast(q))
             result.keys.append(autocast(k))
         return result
+
+
+def listed_layers(
+    model: str, layers: object, scales: object, lses: object, *, learns: bool
+) -> ModelLayers:
+    """The layers of the argument `<model>_layers`, with `scale_<model>` and `lse_<model>`."""
+    queries, keys = check.check_pairs(f"{model}_layers", layers)
+    names = LayerNames(
+        f"{model}_layers[{{i}}][0]",
+        f"{model}_layers[{{i}}][1]",
+        f"scale_{model}" + ("[{i}]" if check.is_sequence(scales) else ""),
+        f"lse_{model}[{{i}}]",
+        learns=learns,
+    )
+    return names.layers(
+        queries,
+        keys,
+        check.per_layer(f"scale_{model}", scales, len(queries)),
+        check.per_layer(f"lse_{model}", lses, len(queries)),
+    )
+
+
+def check_layout(region: str, layout: TokenLayout | None) -> None:
+    """Refuse the text-to-vision region without a layout."""
+    if region == "text_to_vision" and layout is None:
+        raise ValueError(
+            "region is 'text_to_vision' but tokens is None; pass a TokenLayout, which says which "
+            "tokens are text and which are vision"
+        )
 
 
 def autocast(tensor: Tensor) -> Tensor:

@@ -78,6 +78,16 @@ class AttentionLayout:
 
 
 @dataclass(frozen=True)
+class GivenTarget:
+    """The target map of one student layer, given instead of teachers; see drivekd.functional."""
+
+    values: Tensor  # (B, T, V) of the region's rows and keys, or (B, N, K) of the full map's rows
+    exponents: Tensor  # (B, T) or (B, N) integers: a row's values are in units of 2^exponent
+    indices: Tensor | None  # (B, N, K) integers: which keys, negative for none; None: a rectangle
+    rest: Tensor | None  # (B, N): mass of a row's cells that are not given
+
+
+@dataclass(frozen=True)
 class AttentionMapLossInputs:
     """Everything of one call of the layerwise loss; lists are per student or teacher layer."""
 
@@ -90,6 +100,7 @@ class AttentionMapLossInputs:
     needs_dq: tuple[bool, ...]
     needs_dk: tuple[bool, ...]
     dtype: torch.dtype  # of workspaces, sums and gradients: float32 or float64
+    given: tuple[GivenTarget, ...] = ()  # one for each student layer, instead of teachers
 
     def denominators(self, denominator: str) -> Tensor:
         """Cells (mse) or rows (cosine, kl) that count in each layer and sample, (L, B) int64."""
@@ -115,6 +126,11 @@ def visible_span(
         lower = (position - window + 1).clamp(min=0)
         upper = torch.minimum(upper, position + window - 1)
     return lower, upper
+
+
+def token_ranks(chosen: Tensor) -> Tensor:
+    """(B, N) bool -> (B, N) int64: how many chosen tokens stand before each token."""
+    return (chosen.cumsum(dim=-1) - chosen.to(torch.int64)).clamp(min=0)
 
 
 def _both(region: Tensor | None, valid: Tensor | None) -> Tensor | None:

@@ -30,7 +30,7 @@ def attention_map(
     backend: str,
 ) -> Tensor:
     """Head-mean attention map (B, N, N), float32 or float64; rows of padding are zero."""
-    layout = _layout(query, valid, segment_ids, None, None, causal)
+    layout = layout_of(query, valid, segment_ids, None, None, causal)
     layer = AttentionLayer(query, key, scale, lse)
     with torch.autocast(query.device.type, enabled=False):
         result: Tensor = dispatch.get("attention_map", backend)(layer, layout, window or None)
@@ -90,36 +90,20 @@ def attention_map_loss(
         float32, or float64 where one of the inputs is.
     """
     inputs = AttentionMapLossInputs(
-        student=_layers(q_student, k_student, scale_student, lse_student),
-        teacher=_layers(q_teacher, k_teacher, scale_teacher, lse_teacher),
+        student=layers_of(q_student, k_student, scale_student, lse_student),
+        teacher=layers_of(q_teacher, k_teacher, scale_teacher, lse_teacher),
         groups=tuple(
             tuple(group_members[group_offsets[i] : group_offsets[i + 1]])
             for i in range(len(q_student))
         ),
         windows=tuple(window or None for window in windows),
-        layout=_layout(q_student[0], valid, segment_ids, is_text, is_vision, causal),
+        layout=layout_of(q_student[0], valid, segment_ids, is_text, is_vision, causal),
         loss=loss,
         needs_dq=tuple(needs_dq),
         needs_dk=tuple(needs_dk),
         dtype=work_dtype([*q_student, *q_teacher]),
     )
-    with torch.autocast(inputs.layout.device.type, enabled=False):
-        sums, dq, dk = dispatch.get("attention_map_loss", backend)(inputs)
-        denominators = inputs.denominators(denominator)
-        counted = denominators > 0
-        factor = counted.to(inputs.dtype)
-        if sample_weight is not None:
-            factor = factor * sample_weight.to(inputs.dtype)
-        factor = factor / denominators.clamp(min=1)
-        factor = factor / counted.sum(dim=-1, keepdim=True).clamp(min=1)
-        losses = (factor * sums).sum(dim=-1)
-    nothing = sums.new_empty
-    return (
-        losses,
-        [nothing(0) if each is None else each for each in dq],
-        [nothing(0) if each is None else each for each in dk],
-        factor,
-    )
+    return evaluate("attention_map_loss", inputs, denominator, sample_weight, backend)
 
 
 @attention_map_loss.register_fake
@@ -148,6 +132,50 @@ def _(
     backend: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     dtype = work_dtype([*q_student, *q_teacher])
+    return fake_results(q_student, k_student, needs_dq, needs_dk, dtype)
+
+
+def evaluate(
+    op: str,
+    inputs: AttentionMapLossInputs,
+    denominator: str,
+    sample_weight: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    """Let a backend make sums and gradients, and divide, weight and average the sums."""
+    with torch.autocast(inputs.layout.device.type, enabled=False):
+        sums, dq, dk = dispatch.get(op, backend)(inputs)
+        denominators = inputs.denominators(denominator)
+        counted = denominators > 0
+        factor = counted.to(inputs.dtype)
+        if sample_weight is not None:
+            factor = factor * sample_weight.to(inputs.dtype)
+        factor = factor / denominators.clamp(min=1)
+        factor = factor / counted.sum(dim=-1, keepdim=True).clamp(min=1)
+        losses = (factor * sums).sum(dim=-1)
+    nothing = sums.new_empty
+    return (
+        losses,
+        [nothing(0) if each is None else each for each in dq],
+        [nothing(0) if each is None else each for each in dk],
+        factor,
+    )
+
+
+def work_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Dtype of workspaces and losses: float64 where one of the tensors is, else float32."""
+    has_double = any(each.dtype == torch.float64 for each in tensors)
+    return torch.float64 if has_double else torch.float32
+
+
+def fake_results(
+    q_student: Sequence[Tensor],
+    k_student: Sequence[Tensor],
+    needs_dq: Sequence[bool],
+    needs_dk: Sequence[bool],
+    dtype: torch.dtype,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    """What `evaluate` returns, without values."""
     first = q_student[0]
     num_layers, batch_size = len(q_student), first.shape[0]
     return (
@@ -158,29 +186,24 @@ def _(
     )
 
 
-def work_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """Dtype of workspaces and losses: float64 where one of the tensors is, else float32."""
-    has_double = any(each.dtype == torch.float64 for each in tensors)
-    return torch.float64 if has_double else torch.float32
-
-
 def _like(tensor: Tensor, needed: bool, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(tensor, dtype=dtype) if needed else tensor.new_empty(0, dtype=dtype)
 
 
-def _layers(
+def layers_of(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
     scales: Sequence[float],
     lses: Sequence[Tensor | None],
 ) -> tuple[AttentionLayer, ...]:
+    """Lists, one entry a layer, as one tuple of layers."""
     return tuple(
         AttentionLayer(query, key, scale, lse)
         for query, key, scale, lse in zip(queries, keys, scales, lses, strict=True)
     )
 
 
-def _layout(
+def layout_of(
     like: Tensor,
     valid: Tensor | None,
     segment_ids: Tensor | None,
@@ -188,6 +211,7 @@ def _layout(
     is_vision: Tensor | None,
     causal: bool,
 ) -> AttentionLayout:
+    """The layout of a batch with the shape and device of these queries."""
     return AttentionLayout(
         batch_size=like.shape[0],
         num_tokens=like.shape[2],

@@ -16,7 +16,8 @@ other  torch
 ====== =======================
 
 The environment variable `DRIVEKD_BACKEND` replaces `"auto"` for every op that has such a backend;
-ops that have none (attention maps are never `native`) keep to the table.
+ops that have none (attention maps are never `native`, given targets are `torch` alone) keep to the
+table.
 """
 
 import importlib
@@ -35,11 +36,19 @@ BackendName = Literal["auto", "torch", "triton", "native"]
 BACKENDS = ("torch", "triton", "native")
 
 _AUTO_ORDER = {"cpu": ("native", "torch"), "cuda": ("triton", "native", "torch")}
-_OP_MODULES = ("drivekd.ops.attention_map", "drivekd.ops.gradient")
+_OP_MODULES = (
+    "drivekd.ops.attention_map",
+    "drivekd.ops.attention_target",
+    "drivekd.ops.gradient",
+)
 _TRITON_MODULE = "drivekd.ops.triton_backend"
 # Asked for by name, a backend that should have the op but does not is an error, also through
 # DRIVEKD_BACKEND; every other missing pair means that the op never has that backend.
-_NEVER = {("attention_map", "native"), ("attention_map_loss", "native")}
+_NEVER = {
+    ("attention_map", "native"), ("attention_map_loss", "native"),
+    ("attention_map_target_loss", "native"), ("attention_map_target_loss", "triton"),
+    ("attention_map_targets", "native"), ("attention_map_targets", "triton"),
+}  # fmt: skip
 
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])
 

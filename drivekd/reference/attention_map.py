@@ -87,31 +87,98 @@ def attention_map_loss(
     scale_teacher: Sequence[float | None] | None = None,
 ) -> Tensor:
     """Loss of one student layer against the mean map of teacher layers; masks select the region."""
-    num_samples, _, num_tokens, _ = q_student.shape
+    seen, region = _cells(q_student, valid, segment_ids, is_text, is_vision, causal, window)
     scales = [None] * len(teachers) if scale_teacher is None else scale_teacher
+    make = attention_map if loss == "mse" else log_attention_map
+    maps = torch.stack([make(q, k, seen, s) for (q, k), s in zip(teachers, scales, strict=True)])
+    if loss == "mse":
+        target = maps.mean(dim=0)
+    else:
+        target = maps.logsumexp(dim=0) - torch.tensor(float(len(maps))).log()
+    student = make(q_student, k_student, seen, scale_student)
+    return _loss(student, target, seen, region, loss, denominator, sample_weight)
+
+
+def attention_map_target_loss(
+    q_student: Tensor,
+    k_student: Tensor,
+    target: Tensor,
+    *,
+    loss: str = "mse",
+    denominator: str = "official",
+    is_text: Tensor | None = None,
+    is_vision: Tensor | None = None,
+    valid: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    sample_weight: Tensor | None = None,
+    scale_student: float | None = None,
+) -> Tensor:
+    """Loss of one student layer against a whole map (B, N, N) that is given."""
+    seen, region = _cells(q_student, valid, segment_ids, is_text, is_vision, causal, window)
+    make = attention_map if loss == "mse" else log_attention_map
+    student = make(q_student, k_student, seen, scale_student)
+    if loss != "mse":
+        target = target.clamp(min=1e-300).log()  # 0 log 0 is 0
+    return _loss(student, target, seen, region, loss, denominator, sample_weight)
+
+
+def spread_rest(values: Tensor, indices: Tensor, rest: Tensor, seen: Tensor) -> Tensor:
+    """The whole map (B, N, N) of rows of which some cells are given, row by row."""
+    num_samples, num_tokens, _ = values.shape
+    result = torch.zeros(num_samples, num_tokens, num_tokens, dtype=torch.float64)
+    for b in range(num_samples):
+        for i in range(num_tokens):
+            is_kept = indices[b, i] >= 0
+            keys, kept = indices[b, i][is_kept].long(), values[b, i][is_kept].double()
+            others = seen[b, i].clone()
+            others[keys] = False
+            left = float(rest[b, i]) if bool(others.any()) else 0.0
+            result[b, i, others] = left / max(int(others.sum()), 1)
+            if len(keys) > 0:
+                result[b, i, keys] = kept * ((1 - left) / kept.sum())
+    return result
+
+
+def _cells(
+    query: Tensor,
+    valid: Tensor | None,
+    segment_ids: Tensor | None,
+    is_text: Tensor | None,
+    is_vision: Tensor | None,
+    causal: bool,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Cells that are visible, and those of the region, (B, N, N) bool."""
+    num_samples, _, num_tokens, _ = query.shape
     seen = visible_cells(
         num_tokens, valid=valid, segment_ids=segment_ids, causal=causal, window=window
-    ).expand(num_samples, -1, -1)
+    )
     region = region_cells(
         num_tokens, valid=valid, segment_ids=segment_ids, is_text=is_text, is_vision=is_vision
-    ).expand(num_samples, -1, -1)
+    )
+    return seen.expand(num_samples, -1, -1), region.expand(num_samples, -1, -1)
+
+
+def _loss(
+    student: Tensor,
+    target: Tensor,
+    seen: Tensor,
+    region: Tensor,
+    loss: str,
+    denominator: str,
+    sample_weight: Tensor | None,
+) -> Tensor:
+    """Distance of two maps, of their logarithms unless it is mse."""
     counted = (seen & region).any(dim=-1)  # (B, N)
     if loss == "mse":
-        target = torch.stack(
-            [attention_map(q, k, seen, s) for (q, k), s in zip(teachers, scales, strict=True)]
-        ).mean(dim=0)
-        gap = attention_map(q_student, k_student, seen, scale_student) - target
-        sums = (gap.square() * region).sum(dim=(1, 2))
+        sums = ((student - target).square() * region).sum(dim=(1, 2))
         counts = (region & seen if denominator == "live" else region).sum(dim=(1, 2))
     else:
-        logs = [
-            log_attention_map(q, k, seen, s) for (q, k), s in zip(teachers, scales, strict=True)
-        ]
-        log_t = torch.stack(logs).logsumexp(dim=0) - torch.tensor(float(len(logs))).log()
-        log_s = log_attention_map(q_student, k_student, seen, scale_student)
         cells = seen & region | ~counted[..., None]  # a row that does not count may be anything
-        log_s = log_s.masked_fill(~cells, -torch.inf).masked_fill(~counted[..., None], 0)
-        log_t = log_t.masked_fill(~cells, -torch.inf).masked_fill(~counted[..., None], 0)
+        log_s = student.masked_fill(~cells, -torch.inf).masked_fill(~counted[..., None], 0)
+        log_t = target.masked_fill(~cells, -torch.inf).masked_fill(~counted[..., None], 0)
         rows = _cosine(log_s, log_t) if loss == "cosine" else _kl(log_s, log_t, cells)
         sums, counts = (rows * counted).sum(dim=-1), counted.sum(dim=-1)
     used = counts > 0

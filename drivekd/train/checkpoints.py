@@ -96,6 +96,13 @@ def rotate(run: Path, *, limit: int | None, newest: Path, best: str | None) -> N
     _remove_if_empty(run / STAGING)
 
 
+def replace_file(draft: Path, final: Path) -> None:
+    """Move a finished file to its place, where it is whole or absent whatever happens."""
+    _sync(draft)
+    os.replace(draft, final)
+    _sync(final.parent)
+
+
 def find(resume: str | bool | None, run: Path) -> str | None:
     """The checkpoint to go on from.
 

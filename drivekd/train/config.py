@@ -263,10 +263,17 @@ class DistillConfig:
         static = self.weighting == "static"
         return tuple(signal for signal in self.signals if not (static and signal.weight == 0))
 
-    def teacher_layers(self) -> dict[str, list[LayerSpec] | None]:
-        """For each teacher the layers that its signals read; None if one needs all of it."""
+    def teacher_layers(self, *, cached: bool = False) -> dict[str, list[LayerSpec] | None]:
+        """For each teacher the layers that its signals read; None if one needs all of it.
+
+        Args:
+            cached: Whether the targets of attention signals come from a cache, so that only other
+                signals need a teacher.
+        """
         needs: dict[str, list[LayerSpec] | None] = {}
         for signal in self.active:
+            if cached and signal.kind == "attention":
+                continue
             together = needs.setdefault(signal.teacher, [])
             if signal.teacher_layers is None or signal.region is None:  # logits, hidden states
                 needs[signal.teacher] = None

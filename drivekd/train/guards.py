@@ -38,12 +38,17 @@ def advise_on_memory(args: transformers.TrainingArguments, config: DistillConfig
     """Turn running out of memory into an error that says which settings to change."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise TrainingMemoryError(_advice(error, args, config)) from error
-    except RuntimeError as error:
-        if any(words in str(error) for words in _HOST_MEMORY):
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
             raise TrainingMemoryError(_advice(error, args, config)) from error
         raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the host has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _HOST_MEMORY)
 
 
 def check_finite(losses: Mapping[str, TaskLoss], step: int) -> None:

@@ -38,7 +38,8 @@ def distill(recipe: Recipe) -> Path:
     Rows of the log go to `<output_dir>/log.jsonl` (and, unless `training.report_to` says otherwise,
     to TensorBoard where it is installed; `drivekd report` draws them), checkpoints to
     `<output_dir>/checkpoint-*`, the student to `<output_dir>/student`, from where plain
-    `from_pretrained` loads model and tokenizer. Teachers are never saved.
+    `from_pretrained` loads model and tokenizer. Teachers are never saved. With `recipe.cache` the
+    teachers of attention signals are not needed: `cache_targets` has run them before.
     `training.resume_from_checkpoint` is a checkpoint, "last" (the newest, which must exist) or
     "auto" (the newest, if there is one). Checkpoints and the student appear whole or not at all.
 
@@ -49,6 +50,7 @@ def distill(recipe: Recipe) -> Path:
         The student's folder.
 
     Raises:
+        CacheError: With a cache, a target is missing or damaged.
         CheckpointError: A checkpoint is damaged, or could not be written.
         DataError: A record is not usable; merely doubtful ones (`drivekd data check` lists
             them) are warnings.
@@ -62,7 +64,10 @@ def distill(recipe: Recipe) -> Path:
     args = _training_arguments(recipe)
     used = {signal.teacher for signal in recipe.distill.active}
     teachers = {name: path for name, path in recipe.teachers.items() if name in used}
-    for role, path in {"student": recipe.student, **_named(teachers)}.items():
+    # Of teachers whose targets are in a cache nothing needs to be there any more.
+    needed = recipe.distill.teacher_layers(cached=recipe.cache is not None)
+    live = {name: path for name, path in teachers.items() if name in needed}
+    for role, path in {"student": recipe.student, **_named(live)}.items():
         check_place(role, path)
     root = data_root(recipe)
     splits = _load_splits(recipe)
@@ -72,7 +77,7 @@ def distill(recipe: Recipe) -> Path:
         encoder, processing = build_encoder(recipe.encoder, recipe.student, root)
     _check_tokens(splits, encoder)
     tokenizer = getattr(processing, "tokenizer", processing)
-    for name, path in teachers.items():
+    for name, path in live.items():
         check_tokenizer(name, path, tokenizer)
     with run_folder.alone_in(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
         checkpoint = run_folder.prepare(recipe, args, splits)
@@ -105,6 +110,7 @@ def _train(
             question_types={record.question_type for record in records},
             teacher_dtype=recipe.teacher_dtype,
             teacher_device=recipe.teacher_device,
+            cache=recipe.cache,
             args=args,
             data_collator=Collator(
                 encoder,
@@ -232,6 +238,17 @@ def check_tokenizer(name: str, path: str | Path, tokenizer: Any) -> None:
                 f"teacher {name!r} ({path}) gives the token {token!r} the id {theirs.get(token)}, "
                 f"the student {index}; both must see the same tokens, take models of one family"
             )
+
+
+def load_splits(recipe: Recipe, root: Path) -> dict[str, list[Record]]:
+    """Training and evaluation records, checked; faults that training survives are warnings.
+
+    Raises:
+        DataError: A record is not usable, or a file holds none.
+    """
+    splits = _load_splits(recipe)
+    _check_splits(recipe, splits, root, decode=recipe.data.check == "full")
+    return splits
 
 
 def _load_splits(recipe: Recipe) -> dict[str, list[Record]]:

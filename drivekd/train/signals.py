@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from drivekd.capture import CapturedAttention, capture_attention
 from drivekd.capture.model import decoder_depth, find_decoder
-from drivekd.data.collate import Route
+from drivekd.data.collate import Route, Source
 from drivekd.errors import RecipeError, TokenMismatchError
 from drivekd.losses import AttentionMapLoss
 from drivekd.pairing import resolve_layers
@@ -52,6 +52,21 @@ class Signal:
     def student_layers(self) -> tuple[int, ...]:
         """Layers of the student that the signal reads, non-negative."""
         return () if self.loss is None else tuple(self.loss.student_layers)
+
+
+@dataclass(frozen=True)
+class CachedSignal:
+    """A signal whose targets were made before.
+
+    Attributes:
+        loss: The loss with resolved layers.
+        source: Where a batch finds its targets.
+        entries: How many records' targets there are.
+    """
+
+    loss: AttentionMapLoss
+    source: Source
+    entries: int
 
 
 class StudentCapture:
@@ -111,6 +126,13 @@ class SignalPlan:
         student: The student, for the depth of its decoder.
         teachers: Teachers by name; one module under two names counts as one teacher.
         question_types: The question types of the data.
+        cached: Signals that need no teacher, by name.
+
+    Attributes:
+        signals: The active signals.
+        routes: For each route the question types of its samples.
+        sources: For each route of a cached signal where its targets are found.
+        helpers: What is trained beside the student.
 
     Raises:
         RecipeError: A layer does not exist.
@@ -123,19 +145,27 @@ class SignalPlan:
         student: nn.Module,
         teachers: Mapping[str, nn.Module],
         question_types: Collection[str],
+        cached: Mapping[str, CachedSignal] | None = None,
     ) -> None:
+        cached = {} if cached is None else cached
         mixing = config.resolve_mixing(question_types)
         first_name: dict[int, str] = {}
         for name, teacher in teachers.items():
             first_name.setdefault(id(teacher), name)
         self.signals: list[Signal] = []
         self.routes: dict[str, frozenset[str]] = {}
+        self.sources: dict[str, Source] = {}
         layers: dict[str, set[int]] = {}
         hidden: dict[str, set[int]] = {}
         logits: set[str] = set()
         routed: dict[str, nn.Module] = {}
         for signal in config.active:
             types = frozenset(mixing[signal.name])
+            if signal.name in cached:
+                route, ready = f"{signal.name}, cached", cached[signal.name]
+                self.routes[route], self.sources[route] = types, ready.source
+                self.signals.append(Signal(signal, route, mixing[signal.name], ready.loss))
+                continue
             teacher = teachers[signal.teacher]
             route = f"{first_name[id(teacher)]}({', '.join(sorted(types))})"
             loss = signal_loss(signal, student, teacher)
@@ -176,10 +206,12 @@ class SignalPlan:
             routes: The batch's routes; copied to the teachers' devices.
 
         Returns:
-            One output for each route, on its teacher's device.
+            One output for each route that has a teacher, on its teacher's device.
         """
         outputs: dict[str, ForwardOutput] = {}
         for name, route in routes.items():
+            if name in self.sources:
+                continue
             forward = self._forwards[name]
             place = next(forward.teacher.parameters()).device
             if place.type != "meta":  # weights that accelerate's hooks bring in; they move inputs
@@ -231,6 +263,14 @@ class SignalPlan:
                 selected[signal.route] = _select(route, batch["tokens"], student.capture)
             own, tokens = selected[signal.route]
             weight = _sample_weight(signal, batch["question_types"], route.rows.device)
+            if isinstance(signal.loss, AttentionMapLoss) and signal.route in self.sources:
+                if own is None:
+                    raise ValueError(f"signal {signal.config.name!r} needs the student's capture")
+                layers = signal.loss.with_targets(
+                    own, cast(Any, route.stored), tokens, weight, reduction="none"
+                )
+                losses[signal.config.name] = self._task_loss(signal, layers, batch)
+                continue
             output = teachers[signal.route]
             if isinstance(signal.loss, AttentionMapLoss):
                 try:
@@ -242,12 +282,14 @@ class SignalPlan:
                 layers = signal.loss(states, output.hidden, tokens.valid, weight)
             else:
                 layers = self._logit_loss(signal, batch, route, output, student, weight)[None]
-            types, ids = batch["question_types"], batch.get("record_ids", ())
-            records = [
-                i for i, kind in zip(ids, types, strict=False) if kind in signal.sample_weights
-            ]
-            losses[signal.config.name] = TaskLoss(layers, signal.student_layers, records)
+            losses[signal.config.name] = self._task_loss(signal, layers, batch)
         return losses
+
+    @staticmethod
+    def _task_loss(signal: Signal, layers: Tensor, batch: Mapping[str, Any]) -> TaskLoss:
+        types, ids = batch["question_types"], batch.get("record_ids", ())
+        records = [i for i, kind in zip(ids, types, strict=False) if kind in signal.sample_weights]
+        return TaskLoss(layers, signal.student_layers, records)
 
     @staticmethod
     def _logit_loss(
@@ -287,19 +329,33 @@ def signal_loss(
     """The loss of a signal with its layers resolved; None for a logits signal."""
     if signal.student_layers is None or signal.teacher_layers is None:
         return None
+    if signal.region is not None:
+        return attention_loss(signal, depth(student), depth(teacher))
     try:
-        student_layers = resolve_layers(signal.student_layers, depth(student))
-        teacher_layers = resolve_layers(signal.teacher_layers, depth(teacher))
-        if signal.region is None:
-            return HiddenStateLoss(
-                student_layers=student_layers,
-                teacher_layers=teacher_layers,
-                student_width=width(student),
-                teacher_width=width(teacher),
-            )
+        return HiddenStateLoss(
+            student_layers=resolve_layers(signal.student_layers, depth(student)),
+            teacher_layers=resolve_layers(signal.teacher_layers, depth(teacher)),
+            student_width=width(student),
+            teacher_width=width(teacher),
+        )
+    except ValueError as error:
+        raise RecipeError(f"signal {signal.name!r}: {error}") from error
+
+
+def attention_loss(
+    signal: SignalConfig, student_depth: int, teacher_depth: int
+) -> AttentionMapLoss:
+    """The loss of an attention signal between decoders of so many layers.
+
+    Raises:
+        RecipeError: A layer does not exist.
+    """
+    if signal.student_layers is None or signal.teacher_layers is None or signal.region is None:
+        raise RecipeError(f"signal {signal.name!r} does not compare attention maps")
+    try:
         return AttentionMapLoss(
-            student_layers=student_layers,
-            teacher_layers=teacher_layers,
+            student_layers=resolve_layers(signal.student_layers, student_depth),
+            teacher_layers=resolve_layers(signal.teacher_layers, teacher_depth),
             region=signal.region,
             loss=signal.loss,
             denominator=signal.denominator,

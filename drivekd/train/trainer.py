@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from drivekd.data.collate import Collator
 from drivekd.projection import GradientProjector
 from drivekd.reweighting import BalancedWeights, OnlineWeights, Reweighting, StaticWeights
+from drivekd.train.cache.targets import bind, teacher_precision, warn_of_missing
 from drivekd.train.config import ANCHOR, DistillConfig
 from drivekd.train.guards import TaskLoss, advise_on_memory, check_finite
 from drivekd.train.metrics import StepMetrics
 from drivekd.train.models import prepare_teachers
+from drivekd.train.recipe import CacheConfig
 from drivekd.train.saving import SurvivingTrainer
 from drivekd.train.scaling import micro_batch_factor
 from drivekd.train.signals import Signal, SignalPlan, StudentCapture
@@ -62,10 +64,14 @@ class DistillTrainer(SurvivingTrainer):
             `train_dataset`.
         teacher_dtype: dtype of teachers that are loaded, as in `load_model`.
         teacher_device: Where teachers run, such as "cuda:1"; None is the student's device.
+        cache: Where the targets of attention signals are (`drivekd.train.cache_targets`); the
+            teachers of these signals are then paths, which need not exist, and are not loaded.
         **trainer_arguments: Those of `transformers.Trainer` but `model`. The data collator must be
             a `drivekd.data.Collator`; its routes are set from `config`.
 
     Raises:
+        CacheError: The cache has nothing of a signal, or is damaged; while training, also where a
+            record has no entry.
         TypeError: An argument has the wrong kind.
         ValueError: A teacher is missing, a layer does not exist, or mixing does not fit the data.
         NotImplementedError: Signals under DeepSpeed, FSDP or DataParallel.
@@ -82,6 +88,7 @@ class DistillTrainer(SurvivingTrainer):
         question_types: Collection[str] | None = None,
         teacher_dtype: str = "auto",
         teacher_device: str | None = None,
+        cache: CacheConfig | None = None,
         **trainer_arguments: Any,
     ) -> None:
         if not isinstance(config, DistillConfig):
@@ -99,7 +106,7 @@ class DistillTrainer(SurvivingTrainer):
         self.reweighting: Reweighting | None = None
         self._update_done = False
         if config.active:
-            self._prepare_signals(teachers, question_types, teacher_dtype, teacher_device)
+            self._prepare_signals(teachers, question_types, teacher_dtype, teacher_device, cache)
 
     def _prepare_signals(
         self,
@@ -107,6 +114,7 @@ class DistillTrainer(SurvivingTrainer):
         question_types: Collection[str] | None,
         teacher_dtype: str,
         teacher_device: str | None,
+        cache: CacheConfig | None,
     ) -> None:
         config = self.distill_config
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.n_gpu > 1:
@@ -121,16 +129,27 @@ class DistillTrainer(SurvivingTrainer):
                 f"data_collator is a {type(collator).__name__}, wanted drivekd.data.Collator: "
                 "signals need its token layout and routes"
             )
+        cached = {}
+        needs = config.teacher_layers(cached=cache is not None)
+        if cache is not None:
+            precision = teacher_precision(teacher_dtype, self.args)
+            cached = bind(cache, config, self.model, teachers, precision=precision)
+            teachers = {
+                name: teacher
+                for name, teacher in teachers.items()
+                if name in needs or name not in config.teacher_layers()
+            }
         ready = prepare_teachers(
             teachers,
-            config.teacher_layers(),
+            needs,
             self.model,
             self.args.device if teacher_device is None else torch.device(teacher_device),
             dtype=teacher_dtype,
         )
         types = _question_types(self.train_dataset) if question_types is None else question_types
-        self.plan = SignalPlan(config, self.model, ready, types)
-        self.data_collator = collator.with_routes(self.plan.routes)
+        self.plan = SignalPlan(config, self.model, ready, types, cached)
+        warn_of_missing(cached, self.plan.signals, self.train_dataset)
+        self.data_collator = collator.with_routes(self.plan.routes, self.plan.sources)
         self.projector = GradientProjector(
             [
                 parameter
@@ -172,6 +191,16 @@ class DistillTrainer(SurvivingTrainer):
         """
         with advise_on_memory(self.args, self.distill_config):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; evaluation needs no teachers, and a cache has training records only."""
+        collator = self.data_collator
+        if isinstance(collator, Collator) and not kwargs.get("is_training", False):
+            self.data_collator = collator.with_routes({})
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Trainer's optimizer; what is trained beside the student gets a group of its own."""

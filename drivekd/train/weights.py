@@ -152,6 +152,14 @@ class Checkpoint:
         self.bytes_read[name] = tensor.numel() * tensor.element_size()
         return tensor
 
+    def local_path(self, file: str) -> Path:
+        """Where a file of the checkpoint lies; fetches it if need be.
+
+        Raises:
+            OSError: It is not there.
+        """
+        return Path(str(self._locate(file)))
+
     def _opened(self, file: str) -> Any:
         if file not in self._open:
             try:

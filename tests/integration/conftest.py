@@ -1,14 +1,15 @@
-"""A trainer over toy models and eight records; checkpoints of all families."""
+"""A trainer over toy models and eight records, recipes with a cache of targets, checkpoints."""
 
 import copy
+import shutil
 
 import pytest
 from transformers import TrainingArguments
 
-from drivekd.train import DistillTrainer
+from drivekd.train import DistillTrainer, cache_targets
 from drivekd.train import teachers as loading
 from drivekd.train.weights import Checkpoint
-from tests.helpers import toy_data, toy_models
+from tests.helpers import cached_runs, toy_data, toy_models
 from tests.helpers.trainers import (
     SETTINGS,
     TYPES,
@@ -97,3 +98,32 @@ def read(monkeypatch):
 
     monkeypatch.setattr(loading, "Checkpoint", Noted)
     return opened
+
+
+@pytest.fixture(scope="session")
+def cache_checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    cached_runs.save_checkpoints(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def filled_cache(cache_checkpoints, tmp_path_factory):
+    """A recipe with its cache, filled; copied for tests that change something."""
+    root = tmp_path_factory.mktemp("filled")
+    cache_targets(
+        cached_runs.write_recipe(root, cache_checkpoints)("training.dataloader_num_workers=1")
+    )
+    return root
+
+
+@pytest.fixture
+def write(cache_checkpoints, tmp_path):
+    return cached_runs.write_recipe(tmp_path, cache_checkpoints)
+
+
+@pytest.fixture
+def ready(filled_cache, write, tmp_path):
+    """The same with a full cache of its own."""
+    shutil.copytree(filled_cache / "targets", tmp_path / "targets")
+    return write

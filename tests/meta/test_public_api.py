@@ -38,6 +38,19 @@ SIGNATURES = {
         "student_layers teacher_layers groups tokens | reduction region loss denominator causal "
         "window sample_weight scale_student scale_teacher lse_student lse_teacher backend"
     ),
+    "functional.attention_map_targets": (
+        "teacher_layers groups tokens | region top_k dtype causal window scale_teacher lse_teacher "
+        "backend"
+    ),
+    "functional.attention_map_target_loss": (
+        "q_student k_student target tokens | loss denominator causal sample_weight scale_student "
+        "lse_student backend"
+    ),
+    "functional.layerwise_attention_map_target_loss": (
+        "student_layers targets tokens | reduction loss denominator causal sample_weight "
+        "scale_student lse_student backend"
+    ),
+    "functional.AttentionMapTarget.stack": "samples | num_tokens starts",
     "functional.gradient_gram": "task_grads | backend",
     "functional.combine_gradients": "task_grads weights | out accumulate backend",
     "match_layer_groups": "num_student num_teacher |",

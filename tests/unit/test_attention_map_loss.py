@@ -72,14 +72,13 @@ def test_padding_packing_and_windows(loss, region, padding, segments, window, ca
 @everything
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_many_chunks_of_rows_agree_with_one(loss, region, padding, monkeypatch):
-    from drivekd.ops.torch_backend import attention_chunks
-    from drivekd.ops.torch_backend import attention_map as backend
+    from drivekd.ops.torch_backend import attention_chunks, head_mean
 
     case = make_case(num_samples=3, num_tokens=97, padding=padding, loss=loss, region=region)
     case = case.but(window=41)
     whole = run(case)
     monkeypatch.setitem(attention_chunks._STACK_BYTES, "cpu", 1)
-    monkeypatch.setitem(backend._BLOCK_BYTES, "cpu", 1)
+    monkeypatch.setitem(head_mean._BLOCK_BYTES, "cpu", 1)
     assert_matches_twin(case)
     for a, b in zip(whole, run(case), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-15)
@@ -369,16 +368,16 @@ def test_layers_may_have_windows_of_their_own():
 
 
 def test_each_teacher_map_is_computed_once(monkeypatch):
-    from drivekd.ops.torch_backend.attention_map import _HeadMean
+    from drivekd.ops.torch_backend.head_mean import HeadMean
 
     computed = []
-    mean = _HeadMean.mean
+    mean = HeadMean.mean
 
     def counting(self, layer, *args, **settings):
         computed.append(id(layer))
         return mean(self, layer, *args, **settings)
 
-    monkeypatch.setattr(_HeadMean, "mean", counting)
+    monkeypatch.setattr(HeadMean, "mean", counting)
     cases = [make_case(seed=i, num_samples=1, num_tokens=9) for i in range(4)]
     layerwise_attention_map_loss(
         [case.student for case in cases[:2]],

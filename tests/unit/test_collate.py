@@ -112,6 +112,36 @@ def test_runs_in_a_loader_worker():
     assert batch["tokens"].num_tokens == 4
 
 
+class Noted:
+    """A source that keeps what it was asked for, and something stored that moves."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, records, features, *, length, padding_side):
+        counts = [len(feature["input_ids"]) for feature in features]
+        self.asked.append(([record.id for record in records], counts, length, padding_side))
+        return (torch.ones(len(records)),)
+
+
+def test_source_is_asked_for_its_rows_and_no_model_inputs_are_made():
+    source, records = (
+        Noted(),
+        [make_record(5), make_record(3, question_type="planning"), make_record(4)],
+    )
+    routes = {"eyes": {"perception"}, "kept": {"perception"}, "absent": {"other"}}
+    plain = make_collator(padding_side="left")
+    batch = plain.with_routes(routes, {"kept": source, "absent": source})(records)
+    route = batch["routes"]["kept"]
+    wanted = [records[0], records[2]]
+    lengths = [len(plain.encoder(record)["input_ids"]) for record in wanted]
+    length = batch["input_ids"].shape[1]
+    assert source.asked == [([record.id for record in wanted], lengths, length, "left")]
+    assert route.rows.tolist() == [0, 2] and route.inputs == {}
+    assert "absent" not in batch["routes"] and batch["routes"]["eyes"].stored == ()
+    assert route.to("meta").stored[0].device.type == "meta"
+
+
 def test_route_moves_as_a_whole():
     route = Route(torch.tensor([1]), {"input_ids": torch.tensor([[1, 2]])})
     moved = route.to("meta")

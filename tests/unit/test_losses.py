@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from drivekd.errors import TokenMismatchError
-from drivekd.functional import attention_map_loss, layerwise_attention_map_loss
+from drivekd.functional import (
+    attention_map_loss,
+    attention_map_targets,
+    layerwise_attention_map_loss,
+)
 from drivekd.losses import AttentionMapLoss
 from drivekd.tokens import TokenLayout
 
@@ -45,6 +49,47 @@ def captures(**options):
 def planning(**settings):
     defaults = {"student_layers": [-2], "teacher_layers": [-2], "region": "text_to_vision"}
     return AttentionMapLoss(**{**defaults, **settings})
+
+
+@pytest.mark.parametrize("region", ["full", "text_to_vision"])
+def test_kept_targets_stand_for_the_teacher(region):
+    student, teacher = captures(windows=[None, 5, N, N + 3])
+    loss = planning(region=region, student_layers=[2, 1], teacher_layers=[2, 0, 3])
+    layers = [teacher[layer] for layer in loss.teacher_layers]
+    pairs = [(each.query, each.key) for each in layers]
+    scales = [each.scale for each in layers]
+    targets = [
+        attention_map_targets(
+            pairs, [group], TOKENS, region=region, window=window, scale_teacher=scales
+        )[0]
+        for group, window in zip(loss.groups, (N + 1, 5), strict=True)  # N and more: all tokens
+    ]
+    weight = torch.tensor([0.5, 2.0])
+    value = loss.with_targets(student, targets, TOKENS, weight, reduction="none")
+    want = layerwise_attention_map_loss(
+        [(student[i].query, student[i].key) for i in loss.student_layers],
+        pairs,
+        loss.groups,
+        TOKENS,
+        reduction="none",
+        region=region,
+        window=[None, 5],
+        sample_weight=weight,
+        scale_student=[student[i].scale for i in loss.student_layers],
+        scale_teacher=scales,
+    )
+    torch.testing.assert_close(value, want, rtol=1e-5, atol=0)
+
+
+def test_kept_targets_of_another_kind_are_refused():
+    student, teacher = captures(windows=[None, 5, None, None])
+    pairs = [(teacher[2].query, teacher[2].key)]
+    (full,) = attention_map_targets(pairs, [[0]], TOKENS)
+    with pytest.raises(ValueError, match="target of student layer -2 is of region 'full'"):
+        planning().with_targets(student, [full], TOKENS)
+    loss = planning(region="full", student_layers=[1])
+    with pytest.raises(NotImplementedError, match="within a window of 5 tokens but its target wi"):
+        loss.with_targets(student, [full], TOKENS)
 
 
 @pytest.mark.parametrize("loss", ["mse", "cosine", "kl"])
