@@ -306,7 +306,8 @@ def _run_distill(settings: argparse.Namespace) -> int:
     from drivekd import train
 
     student = train.distill(train.load_recipe(settings.recipe, settings.overrides))
-    print(f"student: {student}")
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first
+        print(f"student: {student}")
     return OK
 
 

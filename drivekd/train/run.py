@@ -13,7 +13,7 @@ from transformers.integrations import is_tensorboard_available
 from drivekd.data import Collator, Record, check_records, load_records
 from drivekd.data.check import UNUSABLE_KINDS
 from drivekd.errors import DataError, RecipeError, TokenMismatchError
-from drivekd.train import checkpoints
+from drivekd.train import checkpoints, ranks
 from drivekd.train.callbacks import JsonlLogger
 from drivekd.train.encoders import build_encoder
 from drivekd.train.models import load_model
@@ -61,6 +61,8 @@ def distill(recipe: Recipe) -> Path:
     for name, path in teachers.items():
         check_tokenizer(name, path, tokenizer)
     settings = {"report_to": _report_to(), **recipe.training, "remove_unused_columns": False}
+    if ranks.share_a_cpu():
+        settings.setdefault("use_cpu", True)
     resume = settings.pop("resume_from_checkpoint", None)
     args = transformers.TrainingArguments(**settings)
     # Before the student is made, so that nothing random depends on what was loaded before it.

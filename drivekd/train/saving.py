@@ -6,13 +6,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from drivekd.errors import CheckpointError
-from drivekd.train import checkpoints
+from drivekd.train import checkpoints, ranks, sharding
 
 
 class SurvivingTrainer(transformers.Trainer):  # type: ignore[misc]
@@ -20,11 +23,27 @@ class SurvivingTrainer(transformers.Trainer):  # type: ignore[misc]
 
     `train` takes "last" and "auto" for the checkpoint; a damaged one is refused. Every save logs a
     row first, so that the rows after resuming cover the same steps as those of a run that was not
-    interrupted.
+    interrupted. Under FSDP2 checkpoints are those of one process (`drivekd.train.sharding`).
     """
 
     _staging: Path | None = None
     _resumed_total_loss: float | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's own, which on CPUs shards as well where FSDP is asked for.
+
+        Raises:
+            ValueError: A launcher started several processes, which have not found each other.
+        """
+        if ranks.launched() > 1 and self.args.world_size == 1:
+            raise ValueError(
+                f"a launcher started {ranks.launched()} processes but each would train alone, "
+                "without a GPU; on CPUs give training.use_cpu=true (TrainingArguments.use_cpu)"
+            )
+        with sharding.on_any_device(self.args):
+            super().create_accelerator_and_postprocess()
+        if self.accelerator.is_fsdp2:
+            sharding.set_up(self.accelerator.state.fsdp_plugin)
 
     def train(
         self,
@@ -97,8 +116,46 @@ class SurvivingTrainer(transformers.Trainer):  # type: ignore[misc]
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(final))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's own, which under FSDP2 writes the whole student, tied weights once."""
+        if not self.accelerator.is_fsdp2:
+            super().save_model(output_dir, _internal_call)
+            return
+        state = sharding.gather_model(self.model, keep=self.args.should_save)
+        if self.args.should_save:
+            with sharding.plain_classes(self.model):
+                self._save(output_dir, state_dict=state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: `_save_checkpoint` pushes what is in its place."""
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        return sharding.whole(super()._get_grad_norm(*args, **kwargs))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.accelerator.is_fsdp2:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = sharding.gather_optimizer(self.optimizer, keep=self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Of several processes on CPUs the device is "cpu:0", to which torch.load reads nothing.
+        own = self.accelerator.is_fsdp2 or self.args.device == torch.device("cpu", 0)
+        if checkpoint is None or not own:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        file = Path(checkpoint) / OPTIMIZER_NAME
+        if not file.exists():  # of a run with save_only_model
+            return
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        sharding.load_optimizer(self.optimizer, state)
+        scheduler = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        self.lr_scheduler.load_state_dict(scheduler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights through `from_pretrained`, which knows the names they are saved under.
@@ -108,19 +165,27 @@ class SurvivingTrainer(transformers.Trainer):  # type: ignore[misc]
         """
         checkpoints.check(Path(resume_from_checkpoint))
         model = self.model if model is None else model
+        if self.accelerator.is_fsdp2 and _has_adapters(model):
+            file = Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME
+            sharding.load_adapter(model, file)
+            return
         if not isinstance(model, transformers.PreTrainedModel) or _has_adapters(model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        saved, report = type(model).from_pretrained(
-            resume_from_checkpoint, dtype=model.dtype, output_loading_info=True
-        )
+        with sharding.whole_models():
+            saved, report = sharding.plain_class(model).from_pretrained(
+                resume_from_checkpoint, dtype=model.dtype, output_loading_info=True
+            )
         if report["missing_keys"] or report["unexpected_keys"]:
             missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
             raise ValueError(
                 f"{resume_from_checkpoint} does not fit the student: it lacks {missing[:3]} and "
                 f"has {unexpected[:3]} beside"
             )
-        model.load_state_dict(saved.state_dict())
+        if self.accelerator.is_fsdp2:
+            sharding.load_model(model, saved.state_dict())
+        else:
+            model.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

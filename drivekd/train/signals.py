@@ -31,6 +31,22 @@ class ForwardOutput:
     hidden: Mapping[int, Tensor]
     logits: Tensor | None
 
+    def zero(self, signal: Signal) -> Tensor:
+        """An exact 0 that depends on all that the signal reads, for a batch without its samples.
+
+        Its gradient is zeros where that of the signal's loss is numbers.
+        """
+        if signal.loss is None:
+            read = [self.logits]
+        elif self.capture is not None and isinstance(signal.loss, AttentionMapLoss):
+            records = [self.capture[layer] for layer in signal.student_layers]
+            read = [tensor for record in records for tensor in (record.query, record.key)]
+        else:
+            read = [self.hidden[layer] for layer in signal.student_layers]
+        # Sums over nothing: 0 whatever the values, which need not be finite.
+        sums = [tensor[:0].float().sum() for tensor in read if tensor is not None]
+        return torch.stack(sums).sum()
+
 
 @dataclass(frozen=True)
 class Signal:
