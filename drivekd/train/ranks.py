@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -18,9 +17,6 @@ from drivekd import errors
 
 _T = TypeVar("_T", bound=Exception)
 _RUNS = itertools.count()
-# How long a process that has failed waits, in seconds: for the others to fail on their own, and for
-# them to read why; it may be the one that holds the store.
-_GRACE, _PATIENCE = 2.0, 10.0
 
 
 def is_distributed() -> bool:
@@ -90,11 +86,11 @@ def raise_together(error: _T | None, kind: type[_T], device: torch.device) -> No
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """Stop all processes with the error of the one that fails inside.
+    """Name one process' error in all of them.
 
-    The one that fails says why in the process group's store. If the others have not failed as well
-    soon after, it leaves the group: communication with it then breaks off in the others (with gloo
-    at once; with NCCL the launcher ends them, or its time-out), and they raise what they read.
+    The one that fails leaves its error in the process group's store. When it ends, communication
+    breaks off in the others (with gloo at once; with NCCL the launcher ends them, or its time-out),
+    and they raise what they find there.
 
     Raises:
         Exception: This process' own error; or, where communication broke off because another
@@ -105,51 +101,18 @@ def failing_together() -> Iterator[None]:
         yield
         return
     number = next(_RUNS)
-    store = _get_default_store()
-    notes = _Notes(PrefixStore(f"drivekd/run-{number}", store))
-    rank, size = dist.get_rank(), dist.get_world_size()
+    store = PrefixStore(f"drivekd/run-{number}", _get_default_store())
+    rank = dist.get_rank()
     try:
         yield
     except Exception as error:
-        first, kind, message = notes.add(rank, error)
-        if not notes.wait_for(size, _GRACE):
-            with contextlib.suppress(Exception):
-                dist.destroy_process_group()
-            notes.wait_for(size, _PATIENCE)
-        if first != rank and _is_consequence(error):
-            known = getattr(errors, kind, RuntimeError)
-            raise known(f"rank {first}: {message}") from error
+        own = json.dumps([rank, type(error).__name__, str(error)])
+        with contextlib.suppress(dist.DistError):  # whoever held the store has ended
+            first, kind, message = json.loads(store.compare_set("failure", "", own))
+            if first != rank and _is_consequence(error):
+                known = getattr(errors, kind, RuntimeError)
+                raise known(f"rank {first}: {message}") from error
         raise
-
-
-class _Notes:
-    """Which processes have failed, and why the first did, in a store that all of them reach."""
-
-    def __init__(self, store: Any) -> None:
-        self._store = store
-
-    def add(self, rank: int, error: Exception) -> tuple[int, str, str]:
-        """Note a failure; rank, class and message of the first one."""
-        own = (rank, type(error).__name__, str(error))
-        with contextlib.suppress(RuntimeError):  # whoever held the store is gone
-            # Set before the count is raised: a reader who sees the count finds it.
-            written = self._store.compare_set("first", "", json.dumps(own))
-            self._store.add("count", 1)
-            first, kind, message = json.loads(written)
-            return first, kind, message
-        return own
-
-    def wait_for(self, count: int, seconds: float) -> bool:
-        """Whether that many processes have failed, after waiting for them."""
-        end = time.monotonic() + seconds
-        try:
-            while self._store.add("count", 0) < count:
-                if time.monotonic() > end:
-                    return False
-                time.sleep(0.05)
-        except RuntimeError:
-            pass
-        return True
 
 
 def _is_consequence(error: Exception) -> bool:
