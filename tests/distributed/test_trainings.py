@@ -3,18 +3,24 @@
 The ranks run in `trainings.py`, started once for all tests here.
 """
 
+import json
 import time
 
 import pytest
 import torch
 import transformers
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
+from drivekd.data import save_records
+from drivekd.train import distill, load_recipe
 from tests.distributed import trainings
 from tests.distributed.reference import returned
 from tests.distributed.trainings import AGP, HIDDEN, PLAIN, trained
+from tests.helpers import toy_data, toy_models
 from tests.helpers.killed_runs import CLOCK
-from tests.helpers.ranks import Raised, run_ranks, start_ranks
+from tests.helpers.ranks import ROOT, Raised, free_port, run_ranks, start_ranks
 
 pytestmark = pytest.mark.slow
 ENGINES = ("ddp", "fsdp2")
@@ -206,3 +212,66 @@ def test_out_of_memory_on_one_rank_stops_all_with_the_same_error(tmp_path):
     other, own = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
     assert "2.00 GiB" in own and "per_device_train_batch_size=1" in own
     assert other == f"rank 1: {own}"
+
+
+def test_launch_configs_are_for_ddp_and_fsdp2():
+    configs = {
+        name: load_config_from_file(str(ROOT / "recipes" / "launch" / f"{name}.yaml"))
+        for name in ENGINES
+    }
+    assert configs["ddp"].distributed_type == "MULTI_GPU"
+    assert configs["fsdp2"].distributed_type == "FSDP"
+    assert configs["fsdp2"].fsdp_config["fsdp_version"] == 2
+    # The recipe decides over mixed precision.
+    assert {config.mixed_precision for config in configs.values()} == {"no"}
+
+
+def test_accelerate_launch_shards_a_recipe(tmp_path):
+    """The shipped config and the module form, on CPUs, with Accelerate's loading of one rank alone:
+    the other gets the student's weights from it, and reads its teachers itself."""
+    for name, layers in (("student", 2), ("teacher", 3)):
+        toy_models.internvl(layers=layers, hidden=32, seed=layers).save_pretrained(tmp_path / name)
+        toy_data.tokenizer().save_pretrained(tmp_path / name)
+    records = toy_data.records(tmp_path, ("sort", "fold", "sort", "fold"))
+    save_records(records, tmp_path / "train.json")
+    signal = {"teacher": "t", "region": "full", "student_layers": 0, "teacher_layers": 0}
+    tree = {
+        "student": str(tmp_path / "student"),
+        "teachers": {"t": str(tmp_path / "teacher")},
+        "data": {"train": str(tmp_path / "train.json")},
+        "encoder": {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]},
+        "distill": {"signals": [{"name": "sort", **signal}, {"name": "fold", **signal}]},
+        "training": {
+            "output_dir": str(tmp_path / "one"),
+            "use_cpu": True,
+            "max_steps": 2,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "train_sampling_strategy": "sequential",
+        },
+    }
+    tree["distill"]["projection"] = {"every": "step"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    one = distill(load_recipe(tmp_path / "recipe.yaml"))
+    changes = [f"training.output_dir={tmp_path / 'two'}", "training.gradient_accumulation_steps=1"]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2"]
+    launch += ["--config_file", str(ROOT / "recipes" / "launch" / "fsdp2.yaml")]
+    launch += ["--fsdp_cpu_ram_efficient_loading", "true", "--main_process_port", str(free_port())]
+    recipe = [str(tmp_path / "recipe.yaml"), *changes]
+    start_ranks([*launch, "-m", "drivekd", "distill", *recipe], 1, timeout=200)
+    weights = [
+        load_file(folder / "model.safetensors") for folder in (one, tmp_path / "two/student")
+    ]
+    start = load_file(tmp_path / "student" / "model.safetensors")
+    moved = max((weights[0][name] - start[name]).abs().max() for name in start)
+    error = max((weights[0][name] - weights[1][name]).abs().max() for name in weights[0])
+    # As in check_same_run.
+    assert moved > 1e-5 and error <= 1e-3 * moved
+    rows = [
+        [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+        for run in ("one", "two")
+    ]
+    check_same_log(rows[1], rows[0])
