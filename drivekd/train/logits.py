@@ -26,7 +26,7 @@ def logit_distillation_loss(
 
     Args:
         student_logits: (B, N, V), any float dtype.
-        teacher_logits: (B, N, V), without a graph.
+        teacher_logits: (B, N, V), without a graph, on any device.
         labels: (B, N) int64; -100 is left out.
         temperature: T, above 0.
         sample_weight: (B,) factors; the sum is divided by the number of counted samples, not by
@@ -70,7 +70,9 @@ def logit_distillation_loss(
     sample, position = is_target.nonzero(as_tuple=True)
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     student = student_logits[sample, position].to(dtype).div(temperature).log_softmax(-1)
-    teacher = teacher_logits[sample, position].to(dtype).div(temperature).log_softmax(-1)
+    # Elsewhere than the student's: only what the loss needs travels.
+    picked = teacher_logits[sample.to(teacher_logits.device), position.to(teacher_logits.device)]
+    teacher = picked.to(student.device, dtype).div(temperature).log_softmax(-1)
     per_position = (teacher.exp() * (teacher - student)).sum(-1) * temperature**2  # (M,)
     counts = is_target.sum(1)
     placed = per_position.new_zeros(is_target.shape).index_put((sample, position), per_position)

@@ -255,7 +255,9 @@ class SignalPlan:
                     raise _with_record(error, signal, route, batch) from error
             elif signal.loss is not None:
                 states = {n: student.hidden[n][route.rows] for n in signal.student_layers}
-                layers = signal.loss(states, output.hidden, tokens.valid, weight)
+                place = tokens.valid.device
+                theirs = {n: output.hidden[n].to(place) for n in signal.loss.teacher_layers}
+                layers = signal.loss(states, theirs, tokens.valid, weight)
             else:
                 layers = self._logit_loss(signal, batch, route, output, student, weight)[None]
             types, ids = batch["question_types"], batch.get("record_ids", ())
@@ -285,7 +287,7 @@ class SignalPlan:
             )
         return logit_distillation_loss(
             student.logits[route.rows, :, :entries],
-            teacher.logits[..., :entries].to(student.logits.device),
+            teacher.logits[..., :entries],
             batch["labels"][route.rows],
             temperature=signal.config.temperature,
             sample_weight=weight,

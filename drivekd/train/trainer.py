@@ -20,6 +20,7 @@ from drivekd.train.dataset import has_text_alone, question_types_of
 from drivekd.train.guards import TaskLoss, advise_on_memory, check_finite
 from drivekd.train.metrics import StepMetrics
 from drivekd.train.models import prepare_teachers
+from drivekd.train.placement import Placement, place_teachers
 from drivekd.train.saving import SurvivingTrainer
 from drivekd.train.signals import Signal, SignalPlan, StudentCapture
 from drivekd.train.speed import Speed
@@ -64,7 +65,8 @@ class DistillTrainer(SurvivingTrainer):
         question_types: The question types of the data, for mixing; None reads them from
             `train_dataset`.
         teacher_dtype: dtype of teachers that are loaded, as in `load_model`.
-        teacher_device: Where teachers run, such as "cuda:1"; None is the student's device.
+        teacher_device: Where teachers run: a device such as "cuda:1", a mapping from teachers to
+            devices, "auto" (`drivekd.train.placement.place_teachers`), or None for the student's.
         **trainer_arguments: Those of `transformers.Trainer` but `model`. The data collator must be
             a `drivekd.data.Collator`; its routes are set from `config`.
 
@@ -84,7 +86,7 @@ class DistillTrainer(SurvivingTrainer):
         *,
         question_types: Collection[str] | None = None,
         teacher_dtype: str = "auto",
-        teacher_device: str | None = None,
+        teacher_device: Placement = None,
         **trainer_arguments: Any,
     ) -> None:
         if not isinstance(config, DistillConfig):
@@ -113,7 +115,7 @@ class DistillTrainer(SurvivingTrainer):
         teachers: Mapping[str, nn.Module | str | Path],
         question_types: Collection[str] | None,
         teacher_dtype: str,
-        teacher_device: str | None,
+        teacher_device: Placement,
     ) -> None:
         config = self.distill_config
         sharding.refuse_engines(self)
@@ -128,7 +130,7 @@ class DistillTrainer(SurvivingTrainer):
                 teachers,
                 config.teacher_layers(),
                 self.model,
-                self.args.device if teacher_device is None else torch.device(teacher_device),
+                place_teachers(teacher_device, teachers, self.args.device),
                 dtype=teacher_dtype,
             )
         if self.accelerator.is_fsdp2 and has_text_alone(self.train_dataset):

@@ -122,8 +122,64 @@ def test_place_of_teachers(make, folders):
     trainer = make(teachers, teacher_device="cpu")
     for forward in trainer.plan._forwards.values():
         assert {p.device.type for p in forward.teacher.parameters()} == {"cpu"}
-    with pytest.raises(RuntimeError, match="device type"):
+    with pytest.raises(ValueError, match="teacher_device is 'moon', which is no device"):
         make(teachers, teacher_device="moon")
+
+
+def test_a_checkpoint_is_loaded_once_on_each_device(make, folders, whole):
+    """ "cpu" and "cpu:0" are two names, as two GPUs are."""
+    teachers = {"a": folders["small"], "b": folders["large"], "c": folders["large"]}
+    apart = {"b": "cpu", "c": "cpu:0"}
+    trainer, together = make(teachers, teacher_device=apart), make(teachers)
+    assert len({id(own.teacher) for own in trainer.plan._forwards.values()}) == 3
+    assert len({id(own.teacher) for own in together.plan._forwards.values()}) == 2
+    for own in (trainer, together):
+        own.train()
+    got, wanted = trainer.model.state_dict(), together.model.state_dict()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    with pytest.raises(ValueError, match="'b' and 'c' are one model, which cannot be on cpu and"):
+        models = {"a": whole["small"], "b": whole["large"], "c": whole["large"]}
+        make(models, teacher_device=apart)
+
+
+@pytest.mark.gpu
+def test_each_teacher_on_a_gpu_of_its_own(folders, tmp_path):
+    """Maps, hidden states and logits, teachers apart from the student and from each other."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    kinds = (
+        signal("sort", "a", "first"),
+        SignalConfig(name="fold", teacher="b", kind="hidden", student_layers=0, teacher_layers=1),
+        SignalConfig(name="wash", teacher="c", kind="logits"),
+    )
+    weights = []
+    for places in ({"a": "cuda:1", "b": "cpu", "c": "cuda:1"}, None):
+        student = internvl(layers=4, hidden=32, heads=4, kv_heads=2, seed=1)
+        torch.manual_seed(0)
+        trainer = DistillTrainer(
+            student,
+            {"a": folders["small"], "b": folders["large"], "c": folders["large"]},
+            DistillConfig(signals=kinds),
+            teacher_device=places,
+            args=TrainingArguments(
+                output_dir=str(tmp_path / "run"),
+                per_device_train_batch_size=3,
+                max_steps=2,
+                optim="sgd",
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+            ),
+            data_collator=Collator(
+                toy_data.encoder(tmp_path), student.config, pad_token_id=toy_data.PAD
+            ),
+            train_dataset=toy_data.records(tmp_path, TYPES),
+        )
+        trainer.train()
+        weights.append({k: v.cpu() for k, v in student.state_dict().items()})
+    for name, own in weights[1].items():
+        # Sums in other orders on a CPU than on a GPU, in float32.
+        torch.testing.assert_close(weights[0][name], own, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -10,8 +10,12 @@ from drivekd.train.trainer import build_reweighting
 from tests.helpers import toy_models
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
-# Files that start with _ hold settings which recipes share.
-RECIPES = sorted(file for file in FOLDER.rglob("*.yaml") if not file.name.startswith("_"))
+# Files that start with _ hold settings which recipes share, those in launch/ are accelerate's.
+RECIPES = sorted(
+    file
+    for file in FOLDER.rglob("*.yaml")
+    if not file.name.startswith("_") and file.parent.name != "launch"
+)
 
 
 def path_of(file):
