@@ -20,6 +20,7 @@ from drivekd.tokens import TokenLayout
 from drivekd.train.config import DistillConfig, SignalConfig
 from drivekd.train.guards import TaskLoss
 from drivekd.train.hidden import HiddenStateLoss, capture_hidden_states, width
+from drivekd.train.liger import check_installed
 from drivekd.train.logits import logit_distillation_loss
 
 
@@ -291,6 +292,7 @@ class SignalPlan:
             batch["labels"][route.rows],
             temperature=signal.config.temperature,
             sample_weight=weight,
+            implementation=signal.config.implementation,
         )
 
 
@@ -303,6 +305,8 @@ def signal_loss(
     signal: SignalConfig, student: nn.Module, teacher: nn.Module
 ) -> AttentionMapLoss | HiddenStateLoss | None:
     """The loss of a signal with its layers resolved; None for a logits signal."""
+    if signal.implementation == "liger":
+        check_installed()
     if signal.student_layers is None or signal.teacher_layers is None:
         return None
     try:
