@@ -14,6 +14,7 @@ from drivekd.data import Collator, Record, check_records, load_records
 from drivekd.data.check import UNUSABLE_KINDS
 from drivekd.errors import DataError, RecipeError, TokenMismatchError
 from drivekd.train import checkpoints, ranks
+from drivekd.train.board import use_run_board
 from drivekd.train.callbacks import JsonlLogger
 from drivekd.train.encoders import build_encoder
 from drivekd.train.models import load_model
@@ -28,7 +29,8 @@ def distill(recipe: Recipe) -> Path:
     """Run a recipe: load, check, train, save.
 
     Rows of the log go to `<output_dir>/log.jsonl` (and, unless `training.report_to` says otherwise,
-    to TensorBoard where it is installed; `drivekd report` draws them), checkpoints to
+    to `<output_dir>/tensorboard` where TensorBoard is installed; `drivekd report` draws them),
+    checkpoints to
     `<output_dir>/checkpoint-*`, the student to `<output_dir>/student`, from where plain
     `from_pretrained` loads model and tokenizer. Teachers are never saved.
     `training.resume_from_checkpoint` is a checkpoint, "last" (the newest, which must exist) or
@@ -87,6 +89,7 @@ def distill(recipe: Recipe) -> Path:
         processing_class=processing,
         callbacks=[JsonlLogger()],
     )
+    use_run_board(trainer)
     trainer.train(resume_from_checkpoint=resume)
     folder = Path(args.output_dir) / "student"
     staged = Path(args.output_dir) / checkpoints.STAGING / folder.name
