@@ -21,6 +21,7 @@ from drivekd.errors import (
     RecipeError,
     TokenMismatchError,
     TrainingMemoryError,
+    UnsupportedEngineError,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ EXPECTED_ERRORS = (
     RecipeError,
     TokenMismatchError,
     TrainingMemoryError,
+    UnsupportedEngineError,
     ImportError,
     OSError,
 )

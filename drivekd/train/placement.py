@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
+from drivekd.errors import RecipeError
 from drivekd.train.config import nearest
 
 AUTO = "auto"
@@ -31,7 +32,7 @@ def place_teachers(
 
     Raises:
         TypeError: `placement` is of another kind.
-        ValueError: A teacher or a device does not exist.
+        RecipeError: A teacher or a device does not exist.
     """
     if placement is None:
         return dict.fromkeys(teachers, student)
@@ -46,7 +47,7 @@ def place_teachers(
         )
     for name in placement:
         if name not in teachers:
-            raise ValueError(
+            raise RecipeError(
                 f"teacher_device names the teacher {name!r}, which does not exist; "
                 f"{nearest(str(name), teachers)}"
             )
@@ -79,7 +80,7 @@ def _device(where: str, name: object) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(
+        raise RecipeError(
             f"{where} is {name!r}, which is no device; wanted one such as 'cuda:1' or 'cpu'"
         ) from error
     if device.type == "cpu":
@@ -87,7 +88,7 @@ def _device(where: str, name: object) -> torch.device:
     count = _count(device.type)
     if (device.index or 0) >= count:
         seen = f"{count} of that kind (0 to {count - 1})" if count else "none of that kind"
-        raise ValueError(
+        raise RecipeError(
             f"{where} is {name!r}, but this process sees {seen}; name a device that is there, or "
             "show it more (CUDA_VISIBLE_DEVICES)"
         )

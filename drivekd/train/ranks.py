@@ -115,7 +115,9 @@ def failing_together() -> Iterator[None]:
         raise
 
 
-def _is_consequence(error: Exception) -> bool:
-    """Whether an error may be that communication broke off."""
-    own = [each for each in vars(errors).values() if isinstance(each, type)]
-    return isinstance(error, RuntimeError) and not isinstance(error, tuple(own))
+def _is_consequence(error: BaseException) -> bool:
+    """Whether an error may be that communication broke off, or come of it."""
+    own = tuple(each for each in vars(errors).values() if isinstance(each, type))
+    if isinstance(error, own):
+        return error.__cause__ is not None and _is_consequence(error.__cause__)
+    return isinstance(error, RuntimeError)

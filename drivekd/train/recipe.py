@@ -248,6 +248,8 @@ def _check_training(training: Mapping[str, Any]) -> None:
     for key, value in training.items():
         if key not in fields:
             raise RecipeError(f"unknown key training.{key}; {nearest(key, fields)}")
+        if key == "fsdp" and isinstance(value, bool):
+            continue  # annotated as the string that older versions took
         _convert(value, hints[key], f"training.{key}")
 
 

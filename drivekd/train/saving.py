@@ -14,7 +14,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from drivekd.errors import CheckpointError
+from drivekd.errors import CheckpointError, RecipeError
 from drivekd.train import checkpoints, ranks, sharding
 
 
@@ -33,10 +33,11 @@ class SurvivingTrainer(transformers.Trainer):  # type: ignore[misc]
         """Trainer's own, which on CPUs shards as well where FSDP is asked for.
 
         Raises:
-            ValueError: A launcher started several processes, which have not found each other.
+            RecipeError: A launcher started several processes, which have not found each other.
+            UnsupportedEngineError: FSDP1.
         """
         if ranks.launched() > 1 and self.args.world_size == 1:
-            raise ValueError(
+            raise RecipeError(
                 f"a launcher started {ranks.launched()} processes but each would train alone, "
                 "without a GPU; on CPUs give training.use_cpu=true (TrainingArguments.use_cpu)"
             )

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from drivekd.capture.model import find_decoder
+from drivekd.errors import DataError, UnsupportedEngineError
 from drivekd.train import ranks
 
 # Inputs that make a vision tower run.
@@ -42,11 +43,11 @@ def on_any_device(args: transformers.TrainingArguments) -> Iterator[None]:
     """Let Accelerate shard on CPUs as well; alone it would go on with DDP there, without a word.
 
     Raises:
-        NotImplementedError: FSDP1.
+        UnsupportedEngineError: FSDP1.
     """
     state = args.distributed_state
     if is_wanted(args) and _version(args) == 1:
-        raise NotImplementedError(
+        raise UnsupportedEngineError(
             "FSDP1 is not supported: its flat parameters have no gradients of their own, and it is "
             "deprecated; FSDP2 is: set fsdp_version: 2 in the accelerate config (accelerate "
             "to-fsdp2 rewrites one), or training.fsdp_config.version=2"
@@ -74,16 +75,16 @@ def refuse_engines(trainer: transformers.Trainer) -> None:
     """Raise unless this way to use several devices gives gradients that can be projected.
 
     Raises:
-        NotImplementedError: DeepSpeed or DataParallel.
+        UnsupportedEngineError: DeepSpeed or DataParallel.
     """
     if trainer.is_deepspeed_enabled:
-        raise NotImplementedError(
+        raise UnsupportedEngineError(
             "signals under DeepSpeed are not supported: its gradients are no one's before it has "
             "reduced them. To shard the student use FSDP2: accelerate launch --config_file "
             "recipes/launch/fsdp2.yaml, or training.fsdp=true"
         )
     if trainer.args.n_gpu > 1:
-        raise NotImplementedError(
+        raise UnsupportedEngineError(
             "signals under DataParallel are not supported: launch one process per GPU with "
             "accelerate launch or torchrun, or make one GPU visible (CUDA_VISIBLE_DEVICES)"
         )
@@ -145,11 +146,11 @@ def check_same_inputs(inputs: Mapping[str, Any], device: torch.device) -> None:
         device: Where the process group communicates.
 
     Raises:
-        ValueError: Some ranks have no image.
+        DataError: Some ranks have no image.
     """
     has = any(inputs.get(name) is not None for name in _IMAGES)
     if len(ranks.union(["some" if has else "none"], ["some", "none"], device)) == 2:
-        raise ValueError(
+        raise DataError(
             f"this rank's micro-batch has {'' if has else 'no '}images but another's has "
             f"{'none' if has else 'some'}: a vision tower sharded by FSDP2 must run on all ranks. "
             "Give records as drivekd.data.Record with signals, so that it is kept whole, put an "

@@ -73,7 +73,7 @@ class DistillTrainer(SurvivingTrainer):
     Raises:
         TypeError: An argument has the wrong kind.
         ValueError: A teacher is missing, a layer does not exist, or mixing does not fit the data.
-        NotImplementedError: Signals under DeepSpeed, FSDP1 or DataParallel.
+        UnsupportedEngineError: FSDP1, or signals under DeepSpeed or DataParallel.
     """
 
     data_collator: Any

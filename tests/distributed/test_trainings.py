@@ -173,8 +173,8 @@ def test_loss_that_is_not_finite_on_one_rank_stops_all_with_its_name(ranks):
 @pytest.mark.parametrize(
     ("case", "kind", "parts"),
     [
-        ("fsdp1", "NotImplementedError", ("FSDP1", "fsdp_version: 2", "fsdp_config.version=2")),
-        ("images_on_one_rank", "ValueError", ("images", "must run on all ranks", "DDP")),
+        ("fsdp1", "UnsupportedEngineError", ("FSDP1", "fsdp_version: 2", "fsdp_config.version=2")),
+        ("images_on_one_rank", "DataError", ("images", "must run on all ranks", "DDP")),
     ],
 )
 def test_all_ranks_refuse_what_cannot_work(ranks, case, kind, parts):
