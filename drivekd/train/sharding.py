@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
@@ -75,13 +75,21 @@ def refuse_engines(trainer: transformers.Trainer) -> None:
     """Raise unless this way to use several devices gives gradients that can be projected.
 
     Raises:
-        UnsupportedEngineError: DeepSpeed or DataParallel.
+        UnsupportedEngineError: DeepSpeed, FSDP2 with its parameters on the host, or DataParallel.
     """
     if trainer.is_deepspeed_enabled:
         raise UnsupportedEngineError(
             "signals under DeepSpeed are not supported: its gradients are no one's before it has "
             "reduced them. To shard the student use FSDP2: accelerate launch --config_file "
             "recipes/launch/fsdp2.yaml, or training.fsdp=true"
+        )
+    if trainer.accelerator.is_fsdp2 and isinstance(
+        trainer.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy
+    ):
+        raise UnsupportedEngineError(
+            "signals under FSDP2 with parameters on the host are not supported: their gradients "
+            "are not where the ranks meet; set fsdp_offload_params: false "
+            "(training.fsdp_config.cpu_offload=false), shard over more GPUs or freeze more"
         )
     if trainer.args.n_gpu > 1:
         raise UnsupportedEngineError(
@@ -106,7 +114,12 @@ def set_up(plugin: Any) -> None:
         )
 
 
-def replicate_vision(plugin: Any, model: nn.Module) -> list[nn.Parameter]:
+def trains_beside_shards(model: nn.Module) -> bool:
+    """Whether a sharded model has parameters to train whose gradients FSDP2 does not average."""
+    return any(own.requires_grad and not isinstance(own, DTensor) for own in model.parameters())
+
+
+def replicate_vision(plugin: Any, model: nn.Module) -> None:
     """Keep everything but the text decoder and its head whole on every process.
 
     FSDP2 gathers a layer where it runs, in step with the other processes; a vision tower does not
@@ -115,15 +128,10 @@ def replicate_vision(plugin: Any, model: nn.Module) -> list[nn.Parameter]:
     Args:
         plugin: An `accelerate.FullyShardedDataParallelPlugin` of version 2.
         model: The student, before it is sharded.
-
-    Returns:
-        What is to be trained there; its gradients FSDP2 does not average.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    kept = list(_beside(model, find_decoder(model), head))
-    plugin.ignored_modules = kept
+    plugin.ignored_modules = list(_beside(model, find_decoder(model), head))
     plugin.cpu_ram_efficient_loading = False  # it would leave them without weights
-    return [own for module in kept for own in module.parameters() if own.requires_grad]
 
 
 def _beside(module: nn.Module, decoder: nn.Module, head: nn.Module | None) -> Iterator[nn.Module]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from drivekd.data.collate import Collator, Route
 from drivekd.errors import NonFiniteLossError
 from drivekd.projection import GradientProjector
-from drivekd.reweighting import BalancedWeights, OnlineWeights, Reweighting, StaticWeights
+from drivekd.reweighting import Reweighting
 from drivekd.train import ranks, sharding
 from drivekd.train.config import ANCHOR, DistillConfig
 from drivekd.train.dataset import has_text_alone, question_types_of
@@ -24,6 +24,7 @@ from drivekd.train.placement import Placement, place_teachers
 from drivekd.train.saving import SurvivingTrainer
 from drivekd.train.signals import Signal, SignalPlan, StudentCapture
 from drivekd.train.speed import Speed
+from drivekd.train.weighting import build_reweighting
 
 STATE_FILE = "drivekd_state.pt"
 # What a collator's batch holds beside model inputs.
@@ -107,6 +108,7 @@ class DistillTrainer(SurvivingTrainer):
         self._update_done = False
         self._is_sharded = False
         self._trains_beside_shards = False
+        self._vision_is_whole = False
         if config.active:
             self._prepare_signals(teachers, question_types, teacher_dtype, teacher_device)
 
@@ -133,9 +135,10 @@ class DistillTrainer(SurvivingTrainer):
                 place_teachers(teacher_device, teachers, self.args.device),
                 dtype=teacher_dtype,
             )
-        if self.accelerator.is_fsdp2 and has_text_alone(self.train_dataset):
-            plugin = self.accelerator.state.fsdp_plugin
-            self._trains_beside_shards = bool(sharding.replicate_vision(plugin, self.model))
+        data = (self.train_dataset, self.eval_dataset)
+        if self.accelerator.is_fsdp2 and any(map(has_text_alone, data)):
+            sharding.replicate_vision(self.accelerator.state.fsdp_plugin, self.model)
+            self._vision_is_whole = True
         types = question_types_of(self.train_dataset) if question_types is None else question_types
         self.plan = SignalPlan(config, self.model, ready, types)
         self.data_collator = collator.with_routes(self.plan.routes)
@@ -208,14 +211,28 @@ class DistillTrainer(SurvivingTrainer):
             NonFiniteLossError: A loss is not finite; the message names it, its layers and records.
         """
         self._restore_total_loss()
-        if self.accelerator.is_fsdp2 and not self.accelerator.state.fsdp_plugin.ignored_modules:
-            sharding.check_same_inputs(inputs, self.args.device)
+        self._check_same_inputs(inputs)
         self._speed.add(inputs.get("attention_mask"), self.state.global_step)
         if self.plan is None:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             self._note(loss * self.current_gradient_accumulation_steps, {}, inputs)
             return loss
         return self._distill_step(self.plan, model, inputs, num_items_in_batch)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Trainer's own, for evaluation.
+
+        Raises:
+            DataError: Under FSDP2, only some processes' batches have images.
+        """
+        self._check_same_inputs(inputs)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _check_same_inputs(self, inputs: Mapping[str, Any]) -> None:
+        if self.accelerator.is_fsdp2 and not self._vision_is_whole:
+            sharding.check_same_inputs(inputs, self.args.device)
 
     def compute_loss(
         self,
@@ -364,6 +381,7 @@ class DistillTrainer(SurvivingTrainer):
         """Make the projector anew once Accelerate has put shards in the parameters' place."""
         if self.plan is not None and self.accelerator.is_fsdp2 and not self._is_sharded:
             self._is_sharded = True
+            self._trains_beside_shards = sharding.trains_beside_shards(self.model)
             self.projector = self._make_projector(self.plan)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -396,14 +414,3 @@ class DistillTrainer(SurvivingTrainer):
             "reweighting": self.reweighting.state_dict(),
             "helpers": self.plan.helpers.state_dict(),
         }
-
-
-def build_reweighting(config: DistillConfig) -> Reweighting:
-    """Make the object that weights the losses of a distillation."""
-    options: dict[str, Any] = dict(config.weighting_options)
-    if config.weighting == "balance":
-        return BalancedWeights({signal.name: signal.share for signal in config.signals}, **options)
-    weights = {ANCHOR: 1.0} | {signal.name: signal.weight for signal in config.signals}
-    if config.weighting == "online":
-        return OnlineWeights(weights, **options)
-    return StaticWeights(weights, **options)

@@ -4,7 +4,6 @@ The ranks run in `trainings.py`, started once for all tests here.
 """
 
 import json
-import time
 
 import pytest
 import torch
@@ -77,18 +76,16 @@ def check_same_log(got, wanted, *, all_keys=True):
 @pytest.mark.parametrize(
     ("case", "config", "settings"),
     [
-        ("agp", AGP, {}),
+        ("agp", AGP, {"gradient_accumulation_steps": 4}),
         ("plain", PLAIN, {"logging_steps": 2}),
         ("hidden", HIDDEN, {}),
         ("lora", AGP, {"lora": True}),
-        ("gradient_checkpointing", AGP, {}),
-        ("accumulation", AGP, {"gradient_accumulation_steps": 4}),
         ("text_alone", AGP, {"text_alone": ("fold",)}),
     ],
 )
 def test_two_ranks_train_as_one_process(ranks, tmp_path, case, config, settings):
     """Ranks without samples of a signal, clipping, a scheduler, signals that no rank has."""
-    rows = 1 if case in ("accumulation", "text_alone") else 2
+    rows = 1 if case in ("agp", "text_alone") else 2
     settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": rows} | settings
     one = trained(config, tmp_path / "run", **settings)
     check_same_run(ranks, case, one)
@@ -100,7 +97,7 @@ def test_two_ranks_train_as_one_process(ranks, tmp_path, case, config, settings)
 @pytest.mark.parametrize(
     ("case", "engine", "source"),
     [("resumed", own, other) for own in ENGINES for other in ENGINES]
-    + [("lora", own, own) for own in ENGINES],
+    + [("lora", "fsdp2", "fsdp2")],
 )
 def test_resumed_run_is_the_same_to_the_bit(ranks, case, engine, source):
     """Also from a checkpoint of the other engine, whose log may differ in the last digit."""
@@ -124,7 +121,7 @@ def test_checkpoints_are_those_of_one_process(ranks, folder):
     (results, _) = returned(ranks, "resumed")
     files, weights = {}, {}
     for engine in ENGINES:
-        checkpoint = folder / f"resumed-{engine}" / "checkpoint-3"
+        checkpoint = folder / f"resumed-{engine}" / "checkpoint-2"
         files[engine] = {own.name for own in checkpoint.iterdir()}
         weights[engine] = load_file(checkpoint / "model.safetensors")
         model = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint)
@@ -174,6 +171,7 @@ def test_loss_that_is_not_finite_on_one_rank_stops_all_with_its_name(ranks):
     ("case", "kind", "parts"),
     [
         ("fsdp1", "UnsupportedEngineError", ("FSDP1", "fsdp_version: 2", "fsdp_config.version=2")),
+        ("parameters_on_the_host", "UnsupportedEngineError", ("fsdp_offload_params: false",)),
         ("images_on_one_rank", "DataError", ("images", "must run on all ranks", "DDP")),
     ],
 )
@@ -184,32 +182,12 @@ def test_all_ranks_refuse_what_cannot_work(ranks, case, kind, parts):
         assert all(part in own[case].message for part in parts), own[case].message
 
 
-FAILING = """
-import pathlib, sys, torch, transformers
-from drivekd.errors import TrainingMemoryError
-from tests.distributed.trainings import AGP, FSDP2, student, trainer_of
-
-def full(*args, **kwargs):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-folder, model = pathlib.Path(sys.argv[1]), student()
-trainer = trainer_of(model, AGP, folder / "run", **FSDP2)
-trainer.remove_callback(transformers.PrinterCallback)
-if trainer.args.process_index == 1:
-    model.model.language_model.layers[1].mlp.forward = full
-try:
-    trainer.train()
-except TrainingMemoryError as error:
-    (folder / f"{trainer.args.process_index}.txt").write_text(str(error))
-"""
-
-
-def test_out_of_memory_on_one_rank_stops_all_with_the_same_error(tmp_path):
+def test_out_of_memory_on_one_rank_stops_all_with_the_same_error(ranks, folder):
     """In the middle of FSDP2's forward, while the other rank waits for a layer's shards."""
-    begin = time.monotonic()
-    start_ranks(["-c", FAILING, str(tmp_path)], 2, timeout=100)
-    assert time.monotonic() - begin < 90  # the time-out of a process group is minutes
-    other, own = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+    (seconds, other), (_, own) = (
+        (folder / "full" / f"{rank}.txt").read_text().split("\n", 1) for rank in (0, 1)
+    )
+    assert float(seconds) < 25  # the time-out of the ranks' group is 30 seconds
     assert "2.00 GiB" in own and "per_device_train_batch_size=1" in own
     assert other == f"rank 1: {own}"
 

@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import transformers
 
 from drivekd.data import Collator, Message
-from drivekd.errors import NonFiniteLossError
+from drivekd.errors import NonFiniteLossError, TrainingMemoryError
 from drivekd.train import DistillConfig, DistillTrainer, ProjectionConfig, SignalConfig
 from tests.helpers import toy_data, toy_models
 
@@ -126,23 +127,21 @@ def both_engines(config, name, **settings):
     }
 
 
-def case_agp():
-    return both_engines(AGP, "agp")
-
-
 def case_plain():
     """The first step has one backward for all losses, the second one per loss, for its log row."""
     return both_engines(PLAIN, "plain", logging_steps=2)
 
 
 def case_hidden():
-    return both_engines(HIDDEN, "hidden")
+    """Layers are run again in every backward."""
+    options = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    return both_engines(HIDDEN, "hidden", gradient_checkpointing=True, **options)
 
 
-def case_accumulation():
+def case_agp():
     """Two micro-batches of one record on each rank; "wash" is in one of them."""
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    return both_engines(AGP, "accumulation", **settings)
+    return both_engines(AGP, "agp", **settings)
 
 
 def case_text_alone():
@@ -151,8 +150,8 @@ def case_text_alone():
 
 
 def case_resumed():
-    """From the first of three steps, also under the other engine; helpers have optimizer state."""
-    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    """From the first of two steps, also under the other engine; helpers have optimizer state."""
+    settings = {"save_strategy": "steps", "save_steps": 1}
     done = both_engines(HIDDEN, "resumed", **settings)
     for engine, extra in (("ddp", {}), ("fsdp2", FSDP2)):
         for source in ("ddp", "fsdp2"):
@@ -169,24 +168,24 @@ def case_bf16():
     return {**done, "partly": trained(AGP, run_folder("partly"), **settings, **FSDP2)}
 
 
-def case_gradient_checkpointing():
-    options = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    return both_engines(AGP, "checkpointing", gradient_checkpointing=True, **options)
-
-
 def case_lora():
     settings = {"lora": True, "save_strategy": "steps", "save_steps": 1}
     done = both_engines(AGP, "lora", **settings)
-    for engine, extra in (("ddp", {}), ("fsdp2", FSDP2)):
-        resume = str(run_folder(f"lora-{engine}") / "checkpoint-1")
-        folder = run_folder(f"lora-{engine}-resumed")
-        done[engine, engine] = trained(AGP, folder, resume=resume, **settings, **extra)
+    resume = str(run_folder("lora-fsdp2") / "checkpoint-1")
+    done["fsdp2", "fsdp2"] = trained(
+        AGP, run_folder("lora-resumed"), resume=resume, **settings, **FSDP2
+    )
     return done
 
 
 def case_fsdp1():
     with warnings.catch_warnings(action="ignore"):
         trained(AGP, run_folder("fsdp1"), fsdp=True, fsdp_config={"version": 1})
+
+
+def case_parameters_on_the_host():
+    settings = {"fsdp": True, "fsdp_config": {"version": 2, "cpu_offload": True}}
+    trained(AGP, run_folder("host"), **settings)
 
 
 def case_images_on_one_rank():
@@ -204,3 +203,21 @@ def case_not_finite():
         except NonFiniteLossError as error:
             raised[engine] = str(error)
     return raised
+
+
+def last():
+    """The second rank runs out of memory in the middle of FSDP2's forward, and ends."""
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    model, rank = student(), int(os.environ["RANK"])
+    trainer = trainer_of(model, AGP, run_folder("full"), **FSDP2)
+    if rank == 1:
+        model.model.language_model.layers[1].mlp.forward = full
+    begin = time.monotonic()
+    try:
+        trainer.train()
+    except TrainingMemoryError as error:
+        text = f"{time.monotonic() - begin}\n{error}"
+        (run_folder("full") / f"{rank}.txt").write_text(text)

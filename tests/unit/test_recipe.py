@@ -6,7 +6,7 @@ import yaml
 from drivekd.errors import RecipeError
 from drivekd.train import load_recipe
 from drivekd.train.signals import SignalPlan
-from drivekd.train.trainer import build_reweighting
+from drivekd.train.weighting import build_reweighting
 from tests.helpers import toy_models
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
