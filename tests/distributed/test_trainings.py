@@ -8,18 +8,16 @@ import json
 import pytest
 import torch
 import transformers
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
-from drivekd.data import save_records
 from drivekd.train import distill, load_recipe
 from tests.distributed import trainings
 from tests.distributed.reference import returned
 from tests.distributed.trainings import AGP, HIDDEN, PLAIN, trained
-from tests.helpers import toy_data, toy_models
 from tests.helpers.killed_runs import CLOCK
 from tests.helpers.ranks import ROOT, Raised, free_port, run_ranks, start_ranks
+from tests.helpers.recipes import write_recipe
 
 pytestmark = pytest.mark.slow
 ENGINES = ("ddp", "fsdp2")
@@ -207,39 +205,23 @@ def test_launch_configs_are_for_ddp_and_fsdp2():
 def test_accelerate_launch_shards_a_recipe(tmp_path):
     """The shipped config and the module form, on CPUs, with Accelerate's loading of one rank alone:
     the other gets the student's weights from it, and reads its teachers itself."""
-    for name, layers in (("student", 2), ("teacher", 3)):
-        toy_models.internvl(layers=layers, hidden=32, seed=layers).save_pretrained(tmp_path / name)
-        toy_data.tokenizer().save_pretrained(tmp_path / name)
-    records = toy_data.records(tmp_path, ("sort", "fold", "sort", "fold"))
-    save_records(records, tmp_path / "train.json")
-    signal = {"teacher": "t", "region": "full", "student_layers": 0, "teacher_layers": 0}
-    tree = {
-        "student": str(tmp_path / "student"),
-        "teachers": {"t": str(tmp_path / "teacher")},
-        "data": {"train": str(tmp_path / "train.json")},
-        "encoder": {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]},
-        "distill": {"signals": [{"name": "sort", **signal}, {"name": "fold", **signal}]},
-        "training": {
-            "output_dir": str(tmp_path / "one"),
-            "use_cpu": True,
-            "max_steps": 2,
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 2,
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-            "train_sampling_strategy": "sequential",
-        },
-    }
-    tree["distill"]["projection"] = {"every": "step"}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    one = distill(load_recipe(tmp_path / "recipe.yaml"))
-    changes = [f"training.output_dir={tmp_path / 'two'}", "training.gradient_accumulation_steps=1"]
+    file = write_recipe(
+        tmp_path,
+        ("sort", "fold", "sort", "fold"),
+        layers=(0, 0),
+        max_steps=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential",
+    )
+    by_step = "distill.projection.every=step"
+    one = distill(load_recipe(file, [by_step]))
+    changes = [by_step, "training.gradient_accumulation_steps=1"]
+    changes.append(f"training.output_dir={tmp_path / 'two'}")
     launch = ["-m", "accelerate.commands.launch", "--num_processes", "2"]
     launch += ["--config_file", str(ROOT / "recipes" / "launch" / "fsdp2.yaml")]
     launch += ["--fsdp_cpu_ram_efficient_loading", "true", "--main_process_port", str(free_port())]
-    recipe = [str(tmp_path / "recipe.yaml"), *changes]
-    start_ranks([*launch, "-m", "drivekd", "distill", *recipe], 1, timeout=200)
+    start_ranks([*launch, "-m", "drivekd", "distill", str(file), *changes], 1, timeout=200)
     weights = [
         load_file(folder / "model.safetensors") for folder in (one, tmp_path / "two/student")
     ]
@@ -250,6 +232,6 @@ def test_accelerate_launch_shards_a_recipe(tmp_path):
     assert moved > 1e-5 and error <= 1e-3 * moved
     rows = [
         [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
-        for run in ("one", "two")
+        for run in ("run", "two")
     ]
     check_same_log(rows[1], rows[0])

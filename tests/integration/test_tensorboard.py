@@ -4,49 +4,21 @@ import json
 import shutil
 
 import pytest
-import yaml
 
-from drivekd.data import save_records
 from drivekd.train import distill, load_recipe
-from tests.helpers import toy_data, toy_models
+from tests.helpers.recipes import write_recipe
 
 pytest.importorskip("tensorboard", reason="needs tensorboard, of the extra 'test'")
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A recipe of two signals, three steps, a checkpoint and a row at each."""
-    for name, layers in (("student", 2), ("a", 3), ("b", 3)):
-        toy_models.internvl(layers=layers, hidden=32, seed=layers).save_pretrained(tmp_path / name)
-        toy_data.tokenizer().save_pretrained(tmp_path / name)
-    save_records(toy_data.records(tmp_path, ("sort", "fold") * 3), tmp_path / "train.json")
-    signal = {"region": "full", "student_layers": [0, 1], "teacher_layers": [0, 2]}
-    tree = {
-        "student": str(tmp_path / "student"),
-        "teachers": {name: str(tmp_path / name) for name in ("a", "b")},
-        "data": {"train": str(tmp_path / "train.json")},
-        "encoder": {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]},
-        "distill": {
-            "signals": [
-                {"name": "sort", "teacher": "a", **signal},
-                {"name": "fold", "teacher": "b", **signal},
-            ]
-        },
-        "training": {
-            "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "max_steps": 3,
-            "per_device_train_batch_size": 2,
-            "logging_steps": 1,
-            "save_steps": 1,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        },
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    """Three steps, a checkpoint and a row at each; overrides are those of the command line."""
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2, "save_steps": 1}
+    file = write_recipe(tmp_path, ("sort", "fold") * 3, layers=([0, 1], [0, 2]), **settings)
 
     def run(*overrides):
-        distill(load_recipe(tmp_path / "recipe.yaml", overrides))
+        distill(load_recipe(file, overrides))
         return tmp_path / "run"
 
     return run

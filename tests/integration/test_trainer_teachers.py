@@ -44,7 +44,7 @@ def folders(whole, tmp_path_factory):
 
 @pytest.fixture
 def make(tmp_path):
-    def make(teachers, **options):
+    def make(teachers, *, signals=SIGNALS, use_cpu=True, **options):
         student = internvl(layers=4, hidden=32, heads=4, kv_heads=2, seed=1)
         args = TrainingArguments(
             output_dir=str(tmp_path / "run"),
@@ -54,7 +54,7 @@ def make(tmp_path):
             optim="sgd",
             report_to="none",
             save_strategy="no",
-            use_cpu=True,
+            use_cpu=use_cpu,
             disable_tqdm=True,
             dataloader_pin_memory=False,
             train_sampling_strategy="sequential",
@@ -62,7 +62,7 @@ def make(tmp_path):
         return DistillTrainer(
             student,
             teachers,
-            DistillConfig(signals=SIGNALS),
+            DistillConfig(signals=signals),
             args=args,
             data_collator=Collator(
                 toy_data.encoder(tmp_path), student.config, pad_token_id=toy_data.PAD
@@ -143,7 +143,7 @@ def test_a_checkpoint_is_loaded_once_on_each_device(make, folders, whole):
 
 
 @pytest.mark.gpu
-def test_each_teacher_on_a_gpu_of_its_own(folders, tmp_path):
+def test_each_teacher_on_a_gpu_of_its_own(make, folders):
     """Maps, hidden states and logits, teachers apart from the student and from each other."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
@@ -152,31 +152,12 @@ def test_each_teacher_on_a_gpu_of_its_own(folders, tmp_path):
         SignalConfig(name="fold", teacher="b", kind="hidden", student_layers=0, teacher_layers=1),
         SignalConfig(name="wash", teacher="c", kind="logits"),
     )
-    weights = []
+    teachers, weights = {"a": folders["small"], "b": folders["large"], "c": folders["large"]}, []
     for places in ({"a": "cuda:1", "b": "cpu", "c": "cuda:1"}, None):
-        student = internvl(layers=4, hidden=32, heads=4, kv_heads=2, seed=1)
         torch.manual_seed(0)
-        trainer = DistillTrainer(
-            student,
-            {"a": folders["small"], "b": folders["large"], "c": folders["large"]},
-            DistillConfig(signals=kinds),
-            teacher_device=places,
-            args=TrainingArguments(
-                output_dir=str(tmp_path / "run"),
-                per_device_train_batch_size=3,
-                max_steps=2,
-                optim="sgd",
-                report_to="none",
-                save_strategy="no",
-                disable_tqdm=True,
-            ),
-            data_collator=Collator(
-                toy_data.encoder(tmp_path), student.config, pad_token_id=toy_data.PAD
-            ),
-            train_dataset=toy_data.records(tmp_path, TYPES),
-        )
+        trainer = make(teachers, signals=kinds, use_cpu=False, teacher_device=places)
         trainer.train()
-        weights.append({k: v.cpu() for k, v in student.state_dict().items()})
+        weights.append({k: v.cpu() for k, v in trainer.model.state_dict().items()})
     for name, own in weights[1].items():
         # Sums in other orders on a CPU than on a GPU, in float32.
         torch.testing.assert_close(weights[0][name], own, rtol=1e-4, atol=1e-5)
