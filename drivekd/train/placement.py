@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Mapping
 
 import torch
+import transformers
 
 from drivekd.errors import RecipeError
 from drivekd.train.config import nearest
@@ -57,6 +58,12 @@ def place_teachers(
         else student
         for name in teachers
     }
+
+
+def leave_other_gpus(args: transformers.TrainingArguments) -> None:
+    """Train on one GPU where Trainer would split batches over all that it sees (DataParallel)."""
+    if args.n_gpu > 1:
+        args._n_gpu = 1
 
 
 def _spread(teachers: list[str], student: torch.device) -> dict[str, torch.device]:

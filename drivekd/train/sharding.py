@@ -93,8 +93,10 @@ def refuse_engines(trainer: transformers.Trainer) -> None:
         )
     if trainer.args.n_gpu > 1:
         raise UnsupportedEngineError(
-            "signals under DataParallel are not supported: launch one process per GPU with "
-            "accelerate launch or torchrun, or make one GPU visible (CUDA_VISIBLE_DEVICES)"
+            f"this process sees {trainer.args.n_gpu} GPUs, and signals under DataParallel are not "
+            "supported: launch one process per GPU with accelerate launch or torchrun, give the "
+            "others to the teachers (teacher_device=auto), or make one GPU visible "
+            "(CUDA_VISIBLE_DEVICES)"
         )
 
 

@@ -14,13 +14,12 @@ from drivekd.data.collate import Collator, Route
 from drivekd.errors import NonFiniteLossError
 from drivekd.projection import GradientProjector
 from drivekd.reweighting import Reweighting
-from drivekd.train import ranks, sharding
+from drivekd.train import placement, ranks, sharding
 from drivekd.train.config import ANCHOR, DistillConfig
 from drivekd.train.dataset import has_text_alone, question_types_of
 from drivekd.train.guards import TaskLoss, advise_on_memory, check_finite
 from drivekd.train.metrics import StepMetrics
 from drivekd.train.models import prepare_teachers
-from drivekd.train.placement import Placement, place_teachers
 from drivekd.train.saving import SurvivingTrainer
 from drivekd.train.signals import Signal, SignalPlan, StudentCapture
 from drivekd.train.speed import Speed
@@ -68,6 +67,7 @@ class DistillTrainer(SurvivingTrainer):
         teacher_dtype: dtype of teachers that are loaded, as in `load_model`.
         teacher_device: Where teachers run: a device such as "cuda:1", a mapping from teachers to
             devices, "auto" (`drivekd.train.placement.place_teachers`), or None for the student's.
+            If given, a process without a launcher trains on one GPU and leaves the others to them.
         **trainer_arguments: Those of `transformers.Trainer` but `model`. The data collator must be
             a `drivekd.data.Collator`; its routes are set from `config`.
 
@@ -87,13 +87,15 @@ class DistillTrainer(SurvivingTrainer):
         *,
         question_types: Collection[str] | None = None,
         teacher_dtype: str = "auto",
-        teacher_device: Placement = None,
+        teacher_device: placement.Placement = None,
         **trainer_arguments: Any,
     ) -> None:
         if not isinstance(config, DistillConfig):
             raise TypeError(f"config is a {type(config).__name__}, wanted DistillConfig")
         if trainer_arguments.get("model_init") is not None:
             raise ValueError("model_init is not supported; make the student before the trainer")
+        if teacher_device is not None and trainer_arguments.get("args") is not None:
+            placement.leave_other_gpus(trainer_arguments["args"])
         super().__init__(model=student, **trainer_arguments)
         self.distill_config = config
         self.distill_metrics = StepMetrics(
@@ -117,7 +119,7 @@ class DistillTrainer(SurvivingTrainer):
         teachers: Mapping[str, nn.Module | str | Path],
         question_types: Collection[str] | None,
         teacher_dtype: str,
-        teacher_device: Placement,
+        teacher_device: placement.Placement,
     ) -> None:
         config = self.distill_config
         sharding.refuse_engines(self)
@@ -132,7 +134,7 @@ class DistillTrainer(SurvivingTrainer):
                 teachers,
                 config.teacher_layers(),
                 self.model,
-                place_teachers(teacher_device, teachers, self.args.device),
+                placement.place_teachers(teacher_device, teachers, self.args.device),
                 dtype=teacher_dtype,
             )
         data = (self.train_dataset, self.eval_dataset)

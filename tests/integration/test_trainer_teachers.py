@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from drivekd.data import Collator
-from drivekd.errors import TokenMismatchError
+from drivekd.errors import TokenMismatchError, UnsupportedEngineError
 from drivekd.train import DistillConfig, DistillTrainer, SignalConfig
 from tests.helpers import toy_data
 from tests.helpers.toy_models import internvl
@@ -140,6 +140,23 @@ def test_a_checkpoint_is_loaded_once_on_each_device(make, folders, whole):
     with pytest.raises(ValueError, match="'b' and 'c' are one model, which cannot be on cpu and"):
         models = {"a": whole["small"], "b": whole["large"], "c": whole["large"]}
         make(models, teacher_device=apart)
+
+
+def test_gpus_that_are_not_the_students_are_left_to_teachers(make, folders, monkeypatch):
+    """Trainer alone would split every batch over all GPUs that one process sees."""
+    teachers = {"a": folders["small"], "b": folders["large"], "c": folders["large"]}
+    setup = TrainingArguments.__post_init__
+
+    def with_two_gpus(args):
+        setup(args)
+        args._n_gpu = 2
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", with_two_gpus)
+    with pytest.raises(UnsupportedEngineError, match=r"sees 2 GPUs.*teacher_device=auto"):
+        make(teachers)
+    trainer = make(teachers, teacher_device="auto")
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 3
+    trainer.train()
 
 
 @pytest.mark.gpu
