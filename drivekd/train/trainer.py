@@ -50,11 +50,14 @@ class DistillTrainer(SurvivingTrainer):
     computed.
 
     Where weights are static and nothing is projected, one plain backward serves all losses, and
-    gradients are compared (norms, cosines) on logging steps only. Under torchrun the losses'
-    gradients are averaged over processes and then joined, as `GradientProjector` does:
-    weights, norms and updates are those of all processes together. With
+    gradients are compared (norms, cosines) on logging steps only.
+
+    Several processes (`accelerate launch`, torchrun), the student whole on each (DDP) or sharded
+    (FSDP2, by Accelerate's plugin or `args.fsdp`): the losses' gradients are averaged over
+    processes and then joined, as `GradientProjector` does; weights, norms, updates and log rows
+    are those of all processes together, and checkpoints those of one. With
     `gradient_accumulation_steps` above 1, `projection.every="step"` communicates once per step
-    instead of once per micro-batch.
+    instead of once per micro-batch under DDP.
 
     Args:
         student: The model to train.
