@@ -6,45 +6,27 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from drivekd.errors import CheckpointError, RecipeError
-from drivekd.train import checkpoints, ranks, sharding
+from drivekd.errors import CheckpointError
+from drivekd.train import checkpoints, sharding
+from drivekd.train.sharding_trainer import ShardingTrainer
 
 
-class SurvivingTrainer(transformers.Trainer):  # type: ignore[misc]
+class SurvivingTrainer(ShardingTrainer):
     """`transformers.Trainer` with `drivekd.train.checkpoints`.
 
     `train` takes "last" and "auto" for the checkpoint; a damaged one is refused. Every save logs a
     row first, so that the rows after resuming cover the same steps as those of a run that was not
-    interrupted. Under FSDP2 checkpoints are those of one process (`drivekd.train.sharding`).
+    interrupted.
     """
 
     _staging: Path | None = None
     _resumed_total_loss: float | None = None
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """Trainer's own, which on CPUs shards as well where FSDP is asked for.
-
-        Raises:
-            RecipeError: A launcher started several processes, which have not found each other.
-            UnsupportedEngineError: FSDP1.
-        """
-        if ranks.launched() > 1 and self.args.world_size == 1:
-            raise RecipeError(
-                f"a launcher started {ranks.launched()} processes but each would train alone, "
-                "without a GPU; on CPUs give training.use_cpu=true (TrainingArguments.use_cpu)"
-            )
-        with sharding.on_any_device(self.args):
-            super().create_accelerator_and_postprocess()
-        if self.accelerator.is_fsdp2:
-            sharding.set_up(self.accelerator.state.fsdp_plugin)
 
     def train(
         self,
@@ -117,46 +99,8 @@ class SurvivingTrainer(transformers.Trainer):  # type: ignore[misc]
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(final))
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's own, which under FSDP2 writes the whole student, tied weights once."""
-        if not self.accelerator.is_fsdp2:
-            super().save_model(output_dir, _internal_call)
-            return
-        state = sharding.gather_model(self.model, keep=self.args.should_save)
-        if self.args.should_save:
-            with sharding.plain_classes(self.model):
-                self._save(output_dir, state_dict=state)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: `_save_checkpoint` pushes what is in its place."""
-
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        return sharding.whole(super()._get_grad_norm(*args, **kwargs))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.accelerator.is_fsdp2:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        state = sharding.gather_optimizer(self.optimizer, keep=self.args.should_save)
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        # Of several processes on CPUs the device is "cpu:0", to which torch.load reads nothing.
-        own = self.accelerator.is_fsdp2 or self.args.device == torch.device("cpu", 0)
-        if checkpoint is None or not own:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        file = Path(checkpoint) / OPTIMIZER_NAME
-        if not file.exists():  # of a run with save_only_model
-            return
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        sharding.load_optimizer(self.optimizer, state)
-        scheduler = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
-        self.lr_scheduler.load_state_dict(scheduler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights through `from_pretrained`, which knows the names they are saved under.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,7 +112,6 @@ class DistillTrainer(SurvivingTrainer):
         self._update_done = False
         self._is_sharded = False
         self._trains_beside_shards = False
-        self._vision_is_whole = False
         if config.active:
             self._prepare_signals(teachers, question_types, teacher_dtype, teacher_device)
 
@@ -224,21 +222,6 @@ class DistillTrainer(SurvivingTrainer):
             return loss
         return self._distill_step(self.plan, model, inputs, num_items_in_batch)
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Trainer's own, for evaluation.
-
-        Raises:
-            DataError: Under FSDP2, only some processes' batches have images.
-        """
-        self._check_same_inputs(inputs)
-        return super().prediction_step(model, inputs, *args, **kwargs)
-
-    def _check_same_inputs(self, inputs: Mapping[str, Any]) -> None:
-        if self.accelerator.is_fsdp2 and not self._vision_is_whole:
-            sharding.check_same_inputs(inputs, self.args.device)
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -299,13 +282,6 @@ class DistillTrainer(SurvivingTrainer):
         self._note(cross_entropy, signal_losses, inputs)
         logged: Tensor = cross_entropy.detach() / self.current_gradient_accumulation_steps
         return logged
-
-    def _student_autocast(self) -> Any:
-        """Autocast where parts beside FSDP2's shards do not get its mixed precision."""
-        is_partly_sharded = self.accelerator.is_fsdp2 and bool(
-            self.accelerator.state.fsdp_plugin.ignored_modules
-        )
-        return self.accelerator.autocast() if is_partly_sharded else contextlib.nullcontext()
 
     def _present(
         self, plan: SignalPlan, routes: Mapping[str, Route]
