@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
@@ -114,6 +115,19 @@ def set_up(plugin: Any) -> None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32
         )
+
+
+def name_layers(plugin: Any, model: nn.Module) -> None:
+    """Name the layers that become groups of their own, where the settings leave that to the model.
+
+    Some models also list classes that they do not have, which Accelerate refuses.
+    """
+    if plugin.auto_wrap_policy is not transformer_auto_wrap_policy:
+        return
+    if plugin.transformer_cls_names_to_wrap is None:
+        present = {type(own).__name__ for own in model.modules()}
+        listed = getattr(model, "_no_split_modules", None) or []
+        plugin.transformer_cls_names_to_wrap = sorted(present.intersection(listed))
 
 
 def trains_beside_shards(model: nn.Module) -> bool:

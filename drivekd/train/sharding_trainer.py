@@ -41,6 +41,11 @@ class ShardingTrainer(transformers.Trainer):  # type: ignore[misc]
         if self.accelerator.is_fsdp2:
             sharding.set_up(self.accelerator.state.fsdp_plugin)
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.accelerator.is_fsdp2:
+            sharding.name_layers(self.accelerator.state.fsdp_plugin, self.model)
+        return super()._prepare_for_training(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's own, which under FSDP2 writes the whole student, tied weights once."""
         if not self.accelerator.is_fsdp2:

@@ -1,12 +1,10 @@
 """What processes tell each other, where there is one; `tests/distributed` has two."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from drivekd.errors import NonFiniteLossError, UnsupportedEngineError
-from drivekd.train import ranks, sharding
+from drivekd.errors import NonFiniteLossError
+from drivekd.train import ranks
 
 CPU = torch.device("cpu")
 
@@ -29,17 +27,3 @@ def test_processes_without_a_gpu_share_the_cpu(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert ranks.launched() == 2
     assert ranks.share_a_cpu() == (not torch.accelerator.is_available())
-
-
-def trainer(**changes):
-    settings = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False}
-    settings |= {"args": SimpleNamespace(n_gpu=1), "accelerator": SimpleNamespace(is_fsdp2=False)}
-    return SimpleNamespace(**settings | changes)
-
-
-def test_engines_without_gradients_to_project_are_refused_by_name():
-    sharding.refuse_engines(trainer())
-    with pytest.raises(UnsupportedEngineError, match=r"DeepSpeed.*recipes/launch/fsdp2\.yaml"):
-        sharding.refuse_engines(trainer(is_deepspeed_enabled=True))
-    with pytest.raises(UnsupportedEngineError, match=r"4 GPUs.*DataParallel.*accelerate launch"):
-        sharding.refuse_engines(trainer(args=SimpleNamespace(n_gpu=4)))
