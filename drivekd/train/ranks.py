@@ -61,6 +61,15 @@ def union(own: Collection[str], names: Sequence[str], device: torch.device) -> f
     return frozenset(name for name, any_has in zip(names, flags.tolist(), strict=True) if any_has)
 
 
+def mean(value: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over all processes; one all-reduce."""
+    if not is_distributed():
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
 def raise_together(error: _T | None, kind: type[_T], device: torch.device) -> None:
     """Raise on all processes if one has an error; one small all-reduce if none has.
 

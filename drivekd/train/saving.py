@@ -8,12 +8,12 @@ from typing import Any
 
 import transformers
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from drivekd.errors import CheckpointError
-from drivekd.train import checkpoints, sharding
+from drivekd.train import checkpoints, ranks, sharding
 from drivekd.train.sharding_trainer import ShardingTrainer
 
 
@@ -27,6 +27,7 @@ class SurvivingTrainer(ShardingTrainer):
 
     _staging: Path | None = None
     _resumed_total_loss: float | None = None
+    _tr_loss: Tensor
 
     def train(
         self,
@@ -57,6 +58,7 @@ class SurvivingTrainer(ShardingTrainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._restore_total_loss()
+        self._tr_loss = ranks.mean(self._tr_loss)  # Trainer's is this process' since the last row
         return super()._finalize_training(*args, **kwargs)
 
     def _restore_total_loss(self) -> None:

@@ -75,7 +75,7 @@ def check_same_log(got, wanted, *, all_keys=True):
     ("case", "config", "settings"),
     [
         ("agp", AGP, {"gradient_accumulation_steps": 4}),
-        ("plain", PLAIN, {"logging_steps": 2}),
+        ("plain", PLAIN, {"logging_steps": 2, "max_steps": 3}),
         ("hidden", HIDDEN, {}),
         ("lora", AGP, {"lora": True}),
         ("text_alone", AGP, {"text_alone": ("fold",)}),
