@@ -208,13 +208,15 @@ def gather_model(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     Returns:
         What `state_dict` gives for the model before it was sharded; empty if not `keep`.
     """
-    known: dict[int, Tensor] = {}
-    for own in model.state_dict(keep_vars=True).values():
+    named = model.state_dict(keep_vars=True)
+    known: dict[int, Tensor | None] = {}
+    for own in named.values():
         if id(own) not in known:  # tied weights have several names
             full = whole(own.detach())
-            known[id(own)] = full.cpu() if keep else full[:0]
-    named = model.state_dict(keep_vars=True).items()
-    return {name: known[id(own)] for name, own in named} if keep else {}
+            # Nothing of it elsewhere: it would stay in the memory of the GPU.
+            known[id(own)] = full.cpu() if keep else None
+    gathered = {name: known[id(own)] for name, own in named.items()}
+    return {name: tensor for name, tensor in gathered.items() if tensor is not None}
 
 
 def plain_class(model: nn.Module) -> Any:
