@@ -24,6 +24,7 @@ from drivekd.errors import (
     RecipeError,
     TokenMismatchError,
     TrainingMemoryError,
+    UnsupportedEngineError,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ EXPECTED_ERRORS = (
     RecipeError,
     TokenMismatchError,
     TrainingMemoryError,
+    UnsupportedEngineError,
     ImportError,
     OSError,
 )
@@ -311,7 +313,8 @@ def _run_distill(settings: argparse.Namespace) -> int:
     from drivekd import train
 
     student = train.distill(train.load_recipe(settings.recipe, settings.overrides))
-    print(f"student: {student}")
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first
+        print(f"student: {student}")
     return OK
 
 

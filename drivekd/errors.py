@@ -43,3 +43,7 @@ class NonFiniteLossError(RuntimeError):
 
 class TrainingMemoryError(RuntimeError):
     """Training ran out of memory; the message says which settings to change."""
+
+
+class UnsupportedEngineError(NotImplementedError):
+    """Several devices are used in a way that is not supported; the message names one that is."""

@@ -16,6 +16,7 @@ from drivekd.study.tables import Row, Table
 from drivekd.study.verify import AGREES, DIFFERS, FLOOR, NOTHING, Check, verify
 from drivekd.train.encoders import build_encoder
 from drivekd.train.models import prepare_teachers
+from drivekd.train.placement import place_teachers
 from drivekd.train.recipe import Recipe
 from drivekd.train.run import check_tokenizer, data_root, load_student
 
@@ -62,7 +63,7 @@ def verify_recipe(recipe: Recipe, *, samples: int = 2, repeats: int = 3) -> list
         paths,
         config.teacher_layers(),
         student,
-        torch.device(recipe.teacher_device or place),
+        place_teachers(recipe.teacher_device, recipe.teachers, place),
         dtype=recipe.teacher_dtype,
     )
     collator = Collator(

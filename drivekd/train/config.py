@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Literal, get_args
 
 from drivekd.reweighting import BalancedWeights, OnlineWeights, StaticWeights
+from drivekd.train.liger import Implementation
 
 LayerSpec = int | str | tuple[int, ...]
 SignalKind = Literal["attention", "hidden", "logits"]
@@ -81,6 +82,8 @@ class SignalConfig:
         temperature: Softens both distributions; logits only.
         vocabulary: Compare only this many first entries; for models of one tokenizer whose
             embeddings are padded to different sizes. None wants equal sizes. Logits only.
+        implementation: What computes the divergences: "torch", "liger" (Liger-Kernel), or "auto",
+            which is Liger's on a GPU where it is installed. Logits only.
         share: Under weighting "balance" the share of the cross-entropy's gradient norm at which
             this signal's is held; 0.02 to 0.25 were useful.
         weight: Under weighting "static" the loss's factor, under "online" its start and proportion.
@@ -101,6 +104,7 @@ class SignalConfig:
     denominator: Denominator = "official"
     temperature: float = 2.0
     vocabulary: int | None = None
+    implementation: Implementation = "auto"
     share: float = 0.1
     weight: float = 1.0
 
@@ -117,6 +121,9 @@ class SignalConfig:
         _check_choice("kind", self.kind, SignalKind)
         _check_choice("loss", self.loss, MapLoss)
         _check_choice("denominator", self.denominator, Denominator)
+        _check_choice("implementation", self.implementation, Implementation)
+        if self.implementation != "auto" and self.kind != "logits":
+            raise ValueError(f"signal {self.name!r}: implementation belongs to kind 'logits'")
         _check_number("temperature", self.temperature, positive=True)
         _check_number("share", self.share, positive=True)
         _check_number("weight", self.weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from drivekd.train.config import ANCHOR
 from drivekd.train.guards import TaskLoss
+from drivekd.train.ranks import gather
 
 _LOG = logging.getLogger(__name__)
 _COLUMNS = (
@@ -67,10 +68,15 @@ class StepMetrics:
         threshold: A signal whose weighted gradient norm stays under this share of the
             cross-entropy's is reported once, by a warning.
         method: How gradients are joined (`drivekd.GradientProjector`).
+        names: Signals in the order in which pairs of them are named; reports of several processes
+            have their own.
     """
 
-    def __init__(self, *, threshold: float, method: str = "none") -> None:
+    def __init__(
+        self, *, threshold: float, method: str = "none", names: Sequence[str] = ()
+    ) -> None:
         self._threshold = threshold
+        self._places = {name: place for place, name in enumerate(names)}
         self._method = method
         self._projected: list[Tensor] = []
         self._losses: dict[str, list[Tensor]] = {}
@@ -114,7 +120,10 @@ class StepMetrics:
             ]
             for other in others:
                 if index < other:
-                    pair = (name, report.names[other])
+                    first, second = sorted(
+                        (name, report.names[other]), key=lambda own: self._places.get(own, 0)
+                    )
+                    pair = (first, second)
                     both = torch.stack([report.cosines[index, other], conflicts[index, other]])
                     self._pairs.setdefault(pair, []).append(both.to(torch.float64))
             row = torch.stack([column.to(torch.float64) for column in columns])
@@ -138,6 +147,9 @@ class StepMetrics:
     def flush(self) -> dict[str, float]:
         """The means since the last call, and the warning about small signals.
 
+        Losses are means over the micro-batches of all processes, which all call this at one time.
+        What comes from reports is the same on all of them already.
+
         Returns:
             `ce` and, for each signal that had samples, `NAME/loss`, and `NAME/layer_N` for each of
             its student layers if there are several; where gradients were compared also
@@ -149,13 +161,7 @@ class StepMetrics:
             the update: loss weight and projection together), and for each pair of signals
             `cosine/A/B` and `conflict/A/B`; and `projected`, how often a projection fired at all.
         """
-        logs: dict[str, float] = {}
-        for name, losses in self._losses.items():
-            means = torch.stack(losses).mean(0)  # (L,)
-            logs[ANCHOR if name == ANCHOR else f"{name}/loss"] = float(means.mean())
-            if len(means) > 1:
-                layers = zip(self._layers[name], means.tolist(), strict=True)
-                logs.update({f"{name}/layer_{layer}": mean for layer, mean in layers})
+        logs = self._mean_losses()
         for name, rows in self._gradients.items():
             table = torch.stack(rows)
             columns = table.mean(0).tolist()
@@ -170,6 +176,25 @@ class StepMetrics:
             logs["projected"] = float(torch.stack(self._projected).double().mean())
         self._losses, self._gradients, self._pairs = {}, {}, {}
         self._anchor, self._projected = [], []
+        return logs
+
+    def _mean_losses(self) -> dict[str, float]:
+        """Over the micro-batches of all processes; every one of them must call it."""
+        own = {
+            name: (self._layers[name], torch.stack(losses).double().sum(0).tolist(), len(losses))
+            for name, losses in self._losses.items()
+        }
+        logs: dict[str, float] = {}
+        everyone = gather(own)
+        for name in dict.fromkeys(name for table in everyone for name in table):
+            entries = [table[name] for table in everyone if name in table]
+            count = sum(entry[2] for entry in entries)
+            sums = zip(*(entry[1] for entry in entries), strict=True)
+            means = [sum(layer) / count for layer in sums]
+            logs[ANCHOR if name == ANCHOR else f"{name}/loss"] = sum(means) / len(means)
+            if len(means) > 1:
+                layers = zip(entries[0][0], means, strict=True)
+                logs.update({f"{name}/layer_{layer}": mean for layer, mean in layers})
         return logs
 
     def _watch(self, name: str, largest: float, count: int) -> None:

@@ -20,7 +20,7 @@ from drivekd.train.models import prepare_teachers
 from drivekd.train.saving import EndsExactly, can_load_weights, load_weights
 from drivekd.train.scaling import micro_batch_factor
 from drivekd.train.signals import SignalPlan, StudentCapture
-from drivekd.train.trainer import build_reweighting
+from drivekd.train.weighting import build_reweighting
 
 STATE_FILE = "drivekd_mixin.pt"
 _ALL = "all"

@@ -60,7 +60,7 @@ def prepare_teachers(
     teachers: Mapping[str, nn.Module | str | Path],
     needs: Mapping[str, Sequence[LayerSpec] | None],
     student: nn.Module,
-    device: torch.device,
+    device: torch.device | Mapping[str, torch.device],
     *,
     dtype: str = "auto",
 ) -> dict[str, nn.Module]:
@@ -75,7 +75,8 @@ def prepare_teachers(
         needs: For each teacher that is needed the layers whose maps are wanted, or None for the
             whole model with its language-model head. Other teachers are left alone, with a warning.
         student: The student, which may share no parameter with a teacher.
-        device: Where to put them; a teacher spread by `device_map` stays where it is.
+        device: Where to put them, or each of them; a teacher spread by `device_map` stays where it
+            is. A checkpoint whose names are on several devices is loaded once on each.
         dtype: Of loaded teachers, as in `load_model`.
 
     Returns:
@@ -83,28 +84,32 @@ def prepare_teachers(
 
     Raises:
         TypeError: A teacher is neither a module nor a path.
-        ValueError: A needed teacher is missing, or shares parameters with the student.
+        ValueError: A needed teacher is missing, shares parameters with the student, or is one model
+            that is wanted on two devices.
         RecipeError: A checkpoint lacks a weight or a layer, or is of another kind of model.
         TokenMismatchError: A teacher makes other tokens of an image than the student.
     """
     for name in needs:
         if name not in teachers:
             raise ValueError(f"there is no teacher {name!r}; {nearest(name, teachers)}")
-    loaded: dict[str, nn.Module] = {}
+    devices = device if isinstance(device, Mapping) else dict.fromkeys(needs, device)
+    loaded: dict[tuple[str, torch.device], nn.Module] = {}
+    placed: dict[int, str] = {}
     prepared: dict[str, nn.Module] = {}
     student_parameters = {id(parameter) for parameter in student.parameters()}
     for name in sorted(needs):
         teacher = teachers[name]
         if isinstance(teacher, str | Path):
-            place = _place(teacher)
+            place = (_place(teacher), devices[name])
             if place not in loaded:
                 roles = [
                     role
                     for role in needs
-                    if isinstance(path := teachers[role], str | Path) and _place(path) == place
+                    if isinstance(path := teachers[role], str | Path)
+                    and (_place(path), devices[role]) == place
                 ]
                 layers = [needs[role] for role in roles]
-                loaded[place] = _load(name, teacher, layers, device, dtype)
+                loaded[place] = _load(name, teacher, layers, devices[name], dtype)
                 share_equal_weights(loaded.values())  # before the next one takes memory
             teacher = loaded[place]
         if not isinstance(teacher, nn.Module):
@@ -118,7 +123,13 @@ def prepare_teachers(
             )
         check_same_vision(name, teacher, student)
         if getattr(teacher, "hf_device_map", None) is None:
-            teacher.to(device)
+            first = placed.setdefault(id(teacher), name)
+            if devices[first] != devices[name]:
+                raise ValueError(
+                    f"teachers {first!r} and {name!r} are one model, which cannot be on "
+                    f"{devices[first]} and {devices[name]}; give a path, or a copy"
+                )
+            teacher.to(devices[name])
         prepared[name] = teacher.eval().requires_grad_(False)
     share_equal_weights(loaded.values())
     if unused := sorted(set(teachers) - set(needs)):

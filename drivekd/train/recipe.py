@@ -115,7 +115,8 @@ class Recipe:
             into the student that is saved.
         dtype: dtype of the student's weights.
         teacher_dtype: dtype of the teachers' weights; "auto" is as saved.
-        teacher_device: Where teachers run, such as "cuda:1"; None is the student's device.
+        teacher_device: Where teachers run: a device such as "cuda:1", a mapping from teachers to
+            devices, "auto" (`drivekd.train.placement.place_teachers`), or None for the student's.
         attn_implementation: Attention implementation of the student; None is transformers' choice.
         cache: Where targets of attention signals are kept (`drivekd cache`); with one, training
             reads them and loads no teacher for these signals. None: teachers run in every step.
@@ -131,13 +132,19 @@ class Recipe:
     lora: LoraConfig | None = None
     dtype: DtypeName = "float32"
     teacher_dtype: DtypeName = "auto"
-    teacher_device: str | None = None
+    teacher_device: str | Mapping[str, str] | None = None
     attn_implementation: str | None = None
     cache: CacheConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.training.get("output_dir"):
             raise ValueError("training needs output_dir, where checkpoints and the log go")
+        for name in self.teacher_device if isinstance(self.teacher_device, Mapping) else ():
+            if name not in self.teachers:
+                raise ValueError(
+                    f"teacher_device names the teacher {name!r}, which teachers does not have; "
+                    f"{nearest(name, self.teachers)}"
+                )
         for signal in self.distill.signals:
             if signal.teacher not in self.teachers:
                 hint = nearest(signal.teacher, self.teachers)
@@ -241,6 +248,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 def _convert_union(value: Any, arguments: tuple[Any, ...], where: str) -> Any:
     errors = []
     for argument in arguments:
+        if isinstance(value, dict) and get_origin(argument) in (Mapping, dict):
+            return _convert(value, argument, where)  # what is wrong is inside
         try:
             return _convert(value, argument, where)
         except RecipeError as error:
@@ -288,6 +297,8 @@ def _check_training(training: Mapping[str, Any]) -> None:
             close = nearest(key, fields)
             hint = close if close.startswith("did") else "see transformers.TrainingArguments"
             raise RecipeError(f"unknown key training.{key}; {hint}")
+        if key == "fsdp" and isinstance(value, bool):
+            continue  # annotated as the string that older versions took
         _convert(value, hints[key], f"training.{key}")
         check_training_value(key, value, hints[key])
 
@@ -299,6 +310,8 @@ def _label(entry: Any, index: int) -> str:
 
 
 def _name(hint: Any) -> str:
+    if get_origin(hint) in (Mapping, dict):
+        return "a mapping"
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     return names.get(hint, "null" if hint is type(None) else getattr(hint, "__name__", str(hint)))
 

@@ -114,7 +114,9 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             if is_last:
                 node[key] = value
             else:
-                node = node.setdefault(key, {})
+                if node.get(key) is None:
+                    node[key] = {}
+                node = node[key]
         elif isinstance(node, list):
             index = _list_index(node, key, f"override {override!r}")
             if is_last:

@@ -18,7 +18,8 @@ from drivekd.data.check import UNUSABLE_KINDS
 from drivekd.data.conversation import check_reserved
 from drivekd.data.encode import Encoder
 from drivekd.errors import CheckpointError, DataError, RecipeError, TokenMismatchError
-from drivekd.train import checkpoints, run_folder
+from drivekd.train import checkpoints, ranks, run_folder, sharding
+from drivekd.train.board import use_run_board
 from drivekd.train.callbacks import JsonlLogger
 from drivekd.train.encoders import build_encoder
 from drivekd.train.models import load_model
@@ -26,7 +27,13 @@ from drivekd.train.recipe import Recipe
 from drivekd.train.saving import what_to_do
 from drivekd.train.teachers import read_config
 from drivekd.train.trainer import DistillTrainer
-from drivekd.train.tuning import add_adapters, freeze, has_adapters, merge_adapters
+from drivekd.train.tuning import (
+    add_adapters,
+    freeze,
+    has_adapters,
+    merge_adapters,
+    merge_saved_adapters,
+)
 
 _LOG = logging.getLogger(__name__)
 _PROBLEMS_SHOWN = 10
@@ -36,7 +43,8 @@ def distill(recipe: Recipe) -> Path:
     """Run a recipe: load, check, train, save.
 
     Rows of the log go to `<output_dir>/log.jsonl` (and, unless `training.report_to` says otherwise,
-    to TensorBoard where it is installed; `drivekd report` draws them), checkpoints to
+    to `<output_dir>/tensorboard` where TensorBoard is installed; `drivekd report` draws them),
+    checkpoints to
     `<output_dir>/checkpoint-*`, the student to `<output_dir>/student`, from where plain
     `from_pretrained` loads model and tokenizer. Teachers are never saved. With `recipe.cache` the
     teachers of attention signals are not needed: `cache_targets` has run them before.
@@ -123,24 +131,25 @@ def _train(
             processing_class=processing,
             callbacks=[JsonlLogger()],
         )
+    use_run_board(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
-    folder = _save_student(trainer, Path(recipe.student))
+    folder = _save_student(trainer, recipe)
     trainer.accelerator.end_training()  # closes the process group under torchrun
     return folder
 
 
-def _save_student(trainer: DistillTrainer, start: Path) -> Path:
+def _save_student(trainer: DistillTrainer, recipe: Recipe) -> Path:
     """Write the student aside and move it to its place once it is complete."""
     run = Path(trainer.args.output_dir)
     folder, staged = run / "student", run / checkpoints.STAGING / "student"
     try:
         if has_adapters(trainer.model):
-            _save_merged(trainer, staged)
+            _save_merged(trainer, recipe, staged)
         else:
             trainer.save_model(str(staged))
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
-            _copy_image_settings(start, staged)
+            _copy_image_settings(Path(recipe.student), staged)
             checkpoints.publish(staged, folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(staged, ignore_errors=True)
@@ -148,16 +157,27 @@ def _save_student(trainer: DistillTrainer, start: Path) -> Path:
     return folder
 
 
-def _save_merged(trainer: DistillTrainer, folder: Path) -> None:
+def _save_merged(trainer: DistillTrainer, recipe: Recipe, folder: Path) -> None:
     """The student with its adapters merged, which loads without PEFT; and its tokenizer."""
-    if trainer.args.should_save:
+    if trainer.accelerator.is_fsdp2:  # its weights are in pieces; the adapters are written whole
+        adapters = folder.with_name(folder.name + "-adapters")
+        trainer.save_model(str(adapters))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            with sharding.whole_models():
+                merge_saved_adapters(load_student(recipe), adapters).save_pretrained(folder)
+            shutil.rmtree(adapters)
+    elif trainer.args.should_save:
         merge_adapters(trainer.accelerator.unwrap_model(trainer.model)).save_pretrained(folder)
+    if trainer.args.should_save:
         trainer.processing_class.save_pretrained(folder)
 
 
 def _training_arguments(recipe: Recipe) -> transformers.TrainingArguments:
     settings = {"report_to": _report_to(), **recipe.training, "remove_unused_columns": False}
     settings.pop("resume_from_checkpoint", None)
+    if ranks.share_a_cpu():
+        settings.setdefault("use_cpu", True)
     with _as_recipe_errors("training"):
         return transformers.TrainingArguments(**settings)
 

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers.trainer_utils import SaveStrategy
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from drivekd.errors import CheckpointError
-from drivekd.train import checkpoints
+from drivekd.train import checkpoints, ranks, sharding
+from drivekd.train.sharding_trainer import ShardingTrainer
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -39,7 +41,7 @@ class EndsExactly(_Trainer):  # type: ignore[misc]
         super()._run_epoch(**settings)
 
 
-class SurvivingTrainer(EndsExactly, transformers.Trainer):  # type: ignore[misc]
+class SurvivingTrainer(EndsExactly, ShardingTrainer):
     """`transformers.Trainer` with `drivekd.train.checkpoints`.
 
     `train` takes "last" and "auto" for the checkpoint; a damaged one is refused. Every save logs a
@@ -49,6 +51,7 @@ class SurvivingTrainer(EndsExactly, transformers.Trainer):  # type: ignore[misc]
 
     _staging: Path | None = None
     _resumed_total_loss: float | None = None
+    _tr_loss: Tensor
 
     def train(
         self,
@@ -79,6 +82,7 @@ class SurvivingTrainer(EndsExactly, transformers.Trainer):  # type: ignore[misc]
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._restore_total_loss()
+        self._tr_loss = ranks.mean(self._tr_loss)  # Trainer's is this process' since the last row
         return super()._finalize_training(*args, **kwargs)
 
     def _restore_total_loss(self) -> None:
@@ -128,10 +132,14 @@ class SurvivingTrainer(EndsExactly, transformers.Trainer):  # type: ignore[misc]
         """Check a checkpoint and load its weights, see `load_weights`."""
         checkpoints.check(Path(resume_from_checkpoint))
         model = self.model if model is None else model
-        if not can_load_weights(model):
+        is_sharded = self.accelerator.is_fsdp2
+        if is_sharded and getattr(model, "peft_config", None) is not None:
+            file = Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME
+            sharding.load_adapter(model, file)
+        elif can_load_weights(model):
+            load_weights(model, resume_from_checkpoint, is_sharded=is_sharded)
+        else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        load_weights(model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -155,7 +163,7 @@ def can_load_weights(model: nn.Module) -> bool:
     return isinstance(model, transformers.PreTrainedModel) and not has_adapters
 
 
-def load_weights(model: Any, folder: str) -> None:
+def load_weights(model: Any, folder: str, *, is_sharded: bool = False) -> None:
     """Load weights through `from_pretrained`, which knows the names they are saved under.
 
     Trainer's own loading takes the file's names as the module's; those of vision-language models
@@ -164,11 +172,17 @@ def load_weights(model: Any, folder: str) -> None:
     Raises:
         ValueError: The weights do not fit the model.
     """
-    saved, report = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    with sharding.whole_models():
+        saved, report = sharding.plain_class(model).from_pretrained(
+            folder, dtype=model.dtype, output_loading_info=True
+        )
     if report["missing_keys"] or report["unexpected_keys"]:
         missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
         raise ValueError(
             f"{folder} does not fit the student: it lacks {missing[:3]} and has {unexpected[:3]} "
             "beside"
         )
-    model.load_state_dict(saved.state_dict())
+    if is_sharded:
+        sharding.load_model(model, saved.state_dict())
+    else:
+        model.load_state_dict(saved.state_dict())

@@ -20,6 +20,7 @@ from drivekd.tokens import TokenLayout
 from drivekd.train.config import DistillConfig, SignalConfig
 from drivekd.train.guards import TaskLoss
 from drivekd.train.hidden import HiddenStateLoss, capture_hidden_states, width
+from drivekd.train.liger import check_installed
 from drivekd.train.logits import logit_distillation_loss
 
 
@@ -30,6 +31,22 @@ class ForwardOutput:
     capture: CapturedAttention | None
     hidden: Mapping[int, Tensor]
     logits: Tensor | None
+
+    def zero(self, signal: Signal) -> Tensor:
+        """An exact 0 that depends on all that the signal reads, for a batch without its samples.
+
+        Its gradient is zeros where that of the signal's loss is numbers.
+        """
+        if signal.loss is None:
+            read = [self.logits]
+        elif self.capture is not None and isinstance(signal.loss, AttentionMapLoss):
+            records = [self.capture[layer] for layer in signal.student_layers]
+            read = [tensor for record in records for tensor in (record.query, record.key)]
+        else:
+            read = [self.hidden[layer] for layer in signal.student_layers]
+        # Sums over nothing: 0 whatever the values, which need not be finite.
+        sums = [tensor[:0].float().sum() for tensor in read if tensor is not None]
+        return torch.stack(sums).sum()
 
 
 @dataclass(frozen=True)
@@ -279,7 +296,9 @@ class SignalPlan:
                     raise _with_record(error, signal, route, batch) from error
             elif signal.loss is not None:
                 states = {n: student.hidden[n][route.rows] for n in signal.student_layers}
-                layers = signal.loss(states, output.hidden, tokens.valid, weight)
+                place = tokens.valid.device
+                theirs = {n: output.hidden[n].to(place) for n in signal.loss.teacher_layers}
+                layers = signal.loss(states, theirs, tokens.valid, weight)
             else:
                 layers = self._logit_loss(signal, batch, route, output, student, weight)[None]
             losses[signal.config.name] = self._task_loss(signal, layers, batch)
@@ -311,10 +330,11 @@ class SignalPlan:
             )
         return logit_distillation_loss(
             student.logits[route.rows, :, :entries],
-            teacher.logits[..., :entries].to(student.logits.device),
+            teacher.logits[..., :entries],
             batch["labels"][route.rows],
             temperature=signal.config.temperature,
             sample_weight=weight,
+            implementation=signal.config.implementation,
         )
 
 
@@ -327,6 +347,8 @@ def signal_loss(
     signal: SignalConfig, student: nn.Module, teacher: nn.Module
 ) -> AttentionMapLoss | HiddenStateLoss | None:
     """The loss of a signal with its layers resolved; None for a logits signal."""
+    if signal.implementation == "liger":
+        check_installed()
     if signal.student_layers is None or signal.teacher_layers is None:
         return None
     if signal.region is not None:

@@ -8,6 +8,8 @@ import time
 import torch
 from torch import Tensor
 
+from drivekd.train.ranks import gather
+
 
 class Speed:
     """Tokens, memory and time between log rows; no synchronisation until `flush`."""
@@ -30,27 +32,29 @@ class Speed:
         if attention_mask is not None:
             self._tokens.append((attention_mask > 0).sum())
 
-    def flush(self, step: int, max_steps: int, *, processes: int = 1) -> dict[str, float]:
-        """What a log row says.
+    def flush(self, step: int, max_steps: int) -> dict[str, float]:
+        """What a log row says; every process must call it.
 
         Args:
             step: Optimizer steps done.
             max_steps: Optimizer steps of the whole training.
-            processes: Processes that train alike; tokens are those of this one times their number.
 
         Returns:
-            `tokens_per_second` since the last call, `memory_gib` (the most that was allocated on
-            the GPU since the last call; without one, this process's peak resident memory) and
-            `seconds_left`, from the steps since the start or resume. Time for evaluating and
-            saving is included. Empty before the first `add`.
+            `tokens_per_second` of all processes since the last call, `memory_gib` (the most that
+            was allocated on the GPU since the last call; without one, the process's peak resident
+            memory; of several processes the largest) and `seconds_left`, from the steps since the
+            start or resume. Time for evaluating and saving is included. Empty before the first
+            `add`.
         """
         if self._first is None:
             return {}
         now, (start, first_step) = time.monotonic(), self._first
         tokens = int(torch.stack(self._tokens).sum()) if self._tokens else 0
-        row = {"memory_gib": _peak_memory()}
+        everyone = gather((tokens, _peak_memory()))
+        tokens = sum(own for own, _ in everyone)
+        row = {"memory_gib": max(memory for _, memory in everyone)}
         if now > self._last:
-            row["tokens_per_second"] = tokens * processes / (now - self._last)
+            row["tokens_per_second"] = tokens / (now - self._last)
         if step > first_step:
             row["seconds_left"] = (max_steps - step) * (now - start) / (step - first_step)
         self._tokens, self._last = [], now

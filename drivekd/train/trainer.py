@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drivekd.data.collate import Collator
+from drivekd.data.collate import Collator, Route
+from drivekd.errors import NonFiniteLossError
 from drivekd.projection import GradientProjector
-from drivekd.reweighting import BalancedWeights, OnlineWeights, Reweighting, StaticWeights
+from drivekd.reweighting import Reweighting
+from drivekd.train import placement, ranks, sharding
 from drivekd.train.cache.targets import bind, teacher_precision, warn_of_missing
 from drivekd.train.config import ANCHOR, DistillConfig
+from drivekd.train.dataset import has_text_alone, question_types_of
 from drivekd.train.guards import TaskLoss, advise_on_memory, check_finite
 from drivekd.train.metrics import StepMetrics
 from drivekd.train.models import prepare_teachers
@@ -22,6 +25,7 @@ from drivekd.train.saving import SurvivingTrainer
 from drivekd.train.scaling import micro_batch_factor
 from drivekd.train.signals import Signal, SignalPlan, StudentCapture
 from drivekd.train.speed import Speed
+from drivekd.train.weighting import build_reweighting
 
 STATE_FILE = "drivekd_state.pt"
 # What a collator's batch holds beside model inputs.
@@ -48,11 +52,14 @@ class DistillTrainer(SurvivingTrainer):
     computed.
 
     Where weights are static and nothing is projected, one plain backward serves all losses, and
-    gradients are compared (norms, cosines) on logging steps only. Under torchrun the losses'
-    gradients are averaged over processes and then joined, as `GradientProjector` does:
-    weights, norms and updates are those of all processes together. With
+    gradients are compared (norms, cosines) on logging steps only.
+
+    Several processes (`accelerate launch`, torchrun), the student whole on each (DDP) or sharded
+    (FSDP2, by Accelerate's plugin or `args.fsdp`): the losses' gradients are averaged over
+    processes and then joined, as `GradientProjector` does; weights, norms, updates and log rows
+    are those of all processes together, and checkpoints those of one. With
     `gradient_accumulation_steps` above 1, `projection.every="step"` communicates once per step
-    instead of once per micro-batch.
+    instead of once per micro-batch under DDP.
 
     Args:
         student: The model to train.
@@ -63,7 +70,9 @@ class DistillTrainer(SurvivingTrainer):
         question_types: The question types of the data, for mixing; None reads them from
             `train_dataset`.
         teacher_dtype: dtype of teachers that are loaded, as in `load_model`.
-        teacher_device: Where teachers run, such as "cuda:1"; None is the student's device.
+        teacher_device: Where teachers run: a device such as "cuda:1", a mapping from teachers to
+            devices, "auto" (`drivekd.train.placement.place_teachers`), or None for the student's.
+            If given, a process without a launcher trains on one GPU and leaves the others to them.
         cache: Where the targets of attention signals are (`drivekd.train.cache_targets`); the
             teachers of these signals are then paths, which need not exist, and are not loaded.
         **trainer_arguments: Those of `transformers.Trainer` but `model`. The data collator must be
@@ -74,7 +83,7 @@ class DistillTrainer(SurvivingTrainer):
             record has no entry.
         TypeError: An argument has the wrong kind.
         ValueError: A teacher is missing, a layer does not exist, or mixing does not fit the data.
-        NotImplementedError: Signals under DeepSpeed, FSDP or DataParallel.
+        UnsupportedEngineError: FSDP1, or signals under DeepSpeed or DataParallel.
     """
 
     data_collator: Any
@@ -87,7 +96,7 @@ class DistillTrainer(SurvivingTrainer):
         *,
         question_types: Collection[str] | None = None,
         teacher_dtype: str = "auto",
-        teacher_device: str | None = None,
+        teacher_device: placement.Placement = None,
         cache: CacheConfig | None = None,
         **trainer_arguments: Any,
     ) -> None:
@@ -95,16 +104,22 @@ class DistillTrainer(SurvivingTrainer):
             raise TypeError(f"config is a {type(config).__name__}, wanted DistillConfig")
         if trainer_arguments.get("model_init") is not None:
             raise ValueError("model_init is not supported; make the student before the trainer")
+        if teacher_device is not None and trainer_arguments.get("args") is not None:
+            placement.leave_other_gpus(trainer_arguments["args"])
         super().__init__(model=student, **trainer_arguments)
         self.distill_config = config
         self.distill_metrics = StepMetrics(
-            threshold=config.small_share_warning, method=config.projection.method
+            threshold=config.small_share_warning,
+            method=config.projection.method,
+            names=config.names,
         )
         self._speed = Speed()
         self.plan: SignalPlan | None = None
         self.projector: GradientProjector | None = None
         self.reweighting: Reweighting | None = None
         self._update_done = False
+        self._is_sharded = False
+        self._trains_beside_shards = False
         if config.active:
             self._prepare_signals(teachers, question_types, teacher_dtype, teacher_device, cache)
 
@@ -113,16 +128,11 @@ class DistillTrainer(SurvivingTrainer):
         teachers: Mapping[str, nn.Module | str | Path],
         question_types: Collection[str] | None,
         teacher_dtype: str,
-        teacher_device: str | None,
+        teacher_device: placement.Placement,
         cache: CacheConfig | None,
     ) -> None:
         config = self.distill_config
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.n_gpu > 1:
-            raise NotImplementedError(
-                "signals need whole gradients in one process per device: DeepSpeed, FSDP and "
-                "DataParallel are not supported by this trainer; launch with torchrun, or make one "
-                "GPU visible (CUDA_VISIBLE_DEVICES)"
-            )
+        sharding.refuse_engines(self)
         collator: object = self.data_collator
         if not isinstance(collator, Collator):
             raise TypeError(
@@ -130,6 +140,7 @@ class DistillTrainer(SurvivingTrainer):
                 "signals need its token layout and routes"
             )
         cached = {}
+        devices = placement.place_teachers(teacher_device, teachers, self.args.device)
         needs = config.teacher_layers(cached=cache is not None)
         if cache is not None:
             precision = teacher_precision(teacher_dtype, self.args)
@@ -139,32 +150,38 @@ class DistillTrainer(SurvivingTrainer):
                 for name, teacher in teachers.items()
                 if name in needs or name not in config.teacher_layers()
             }
-        ready = prepare_teachers(
-            teachers,
-            needs,
-            self.model,
-            self.args.device if teacher_device is None else torch.device(teacher_device),
-            dtype=teacher_dtype,
-        )
-        types = _question_types(self.train_dataset) if question_types is None else question_types
+        with sharding.whole_models():
+            ready = prepare_teachers(
+                teachers,
+                needs,
+                self.model,
+                devices,
+                dtype=teacher_dtype,
+            )
+        data = (self.train_dataset, self.eval_dataset)
+        if self.accelerator.is_fsdp2 and any(map(has_text_alone, data)):
+            sharding.replicate_vision(self.accelerator.state.fsdp_plugin, self.model)
+            self._vision_is_whole = True
+        types = question_types_of(self.train_dataset) if question_types is None else question_types
         self.plan = SignalPlan(config, self.model, ready, types, cached)
         warn_of_missing(cached, self.plan.signals, self.train_dataset)
         self.data_collator = collator.with_routes(self.plan.routes, self.plan.sources)
-        self.projector = GradientProjector(
-            [
-                parameter
-                for module in (self.model, self.plan.helpers.to(self.args.device))
-                for parameter in module.parameters()
-                if parameter.requires_grad
-            ],
-            method=config.projection.method,
-            anchor=ANCHOR,
-            missing=config.projection.missing,
-            ce_multiplicity=config.projection.ce_multiplicity,
-            every=config.projection.every,
-            seed=config.projection.seed,
-        )
+        self.plan.helpers.to(self.args.device)
+        self.projector = self._make_projector(self.plan)
         self.reweighting = build_reweighting(config)
+
+    def _make_projector(self, plan: SignalPlan) -> GradientProjector:
+        """A projector for the student as it is now, sharded or not, and what is trained beside."""
+        projection = self.distill_config.projection
+        return GradientProjector(
+            nn.ModuleList([self.model, plan.helpers]),
+            method=projection.method,
+            anchor=ANCHOR,
+            missing=projection.missing,
+            ce_multiplicity=projection.ce_multiplicity,
+            every=projection.every,
+            seed=projection.seed,
+        )
 
     def train(
         self,
@@ -189,7 +206,7 @@ class DistillTrainer(SurvivingTrainer):
             TrainingMemoryError: Memory ran out; the message says which settings to change.
             ValueError: There is no checkpoint to resume from, or it does not fit the student.
         """
-        with advise_on_memory(self.args, self.distill_config):
+        with ranks.failing_together(), advise_on_memory(self.args, self.distill_config):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
@@ -202,14 +219,16 @@ class DistillTrainer(SurvivingTrainer):
         finally:
             self.data_collator = collator
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Trainer's optimizer; what is trained beside the student gets a group of its own."""
-        is_new = self.optimizer is None
-        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's scheduler; what is trained beside the student first gets a group of its own.
+
+        Not before: Accelerate has an optimizer's parameters sharded, and knows the student's alone.
+        """
         helpers = [] if self.plan is None else list(self.plan.helpers.parameters())
-        if is_new and helpers:
-            optimizer.add_param_group({"params": helpers, "weight_decay": 0.0})
-        return optimizer
+        known = {id(own) for group in self.optimizer.param_groups for own in group["params"]}
+        if helpers and id(helpers[0]) not in known:
+            self.optimizer.add_param_group({"params": helpers, "weight_decay": 0.0})
+        return super().create_scheduler(*args, **kwargs)
 
     def training_step(
         self,
@@ -226,6 +245,7 @@ class DistillTrainer(SurvivingTrainer):
             NonFiniteLossError: A loss is not finite; the message names it, its layers and records.
         """
         self._restore_total_loss()
+        self._check_same_inputs(inputs)
         self._speed.add(inputs.get("attention_mask"), self.state.global_step)
         if self.plan is None:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -248,8 +268,7 @@ class DistillTrainer(SurvivingTrainer):
         """Log a row; rows of training also get losses, weights, shares and speed."""
         if "loss" in logs:
             logs.update(self.distill_metrics.flush())
-            step, processes = self.state.global_step, self.args.world_size
-            logs.update(self._speed.flush(step, self.state.max_steps, processes=processes))
+            logs.update(self._speed.flush(self.state.global_step, self.state.max_steps))
         super().log(logs, start_time)
 
     def _distill_step(
@@ -267,26 +286,48 @@ class DistillTrainer(SurvivingTrainer):
             plan.helpers.zero_grad()  # Trainer does so for the student alone
         self._update_done = self.accelerator.gradient_state.sync_gradients
         routes = inputs.get("routes", {})
-        signals = plan.present(routes)
+        signals, own = self._present(plan, routes)
         with self.accelerator.autocast():
             teachers = plan.run_teachers(routes)
         if self._compares_gradients():
             # Outside DistributedDataParallel: the projector averages the gradients.
             model = self.model
-        with StudentCapture(model, signals) as capture, self.compute_loss_context_manager():
+        with (
+            StudentCapture(model, signals) as capture,
+            self.compute_loss_context_manager(),
+            self._student_autocast(),
+        ):
             loss, outputs = self.compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
             cross_entropy: Tensor = loss * micro_batch_factor(self, num_items_in_batch)
         logits = outputs["logits"] if any(signal.loss is None for signal in signals) else None
         with self.accelerator.autocast():
-            signal_losses = plan.losses(signals, inputs, teachers, capture.output(logits))
-        del outputs, logits, capture, teachers
-        losses = {name: loss.layers.mean() for name, loss in signal_losses.items()}
+            output = capture.output(logits)
+            signal_losses = plan.losses(own, inputs, teachers, output)
+            losses = {name: loss.layers.mean() for name, loss in signal_losses.items()}
+            for signal in signals:
+                losses.setdefault(signal.config.name, output.zero(signal))
+        del outputs, logits, capture, teachers, output
         self._backward({ANCHOR: cross_entropy, **losses}, signals)
         self._note(cross_entropy, signal_losses, inputs)
         logged: Tensor = cross_entropy.detach() / self.current_gradient_accumulation_steps
         return logged
+
+    def _present(
+        self, plan: SignalPlan, routes: Mapping[str, Route]
+    ) -> tuple[list[Signal], list[Signal]]:
+        """The signals of this micro-batch, and those of them that have samples in this process.
+
+        FSDP2 communicates inside a backward: a signal of any process is one of all.
+        """
+        own = plan.present(routes)
+        if not self.accelerator.is_fsdp2:
+            return own, own
+        names = [signal.config.name for signal in plan.signals]
+        has = [signal.config.name for signal in own]
+        together = ranks.union(has, names, self.args.device)
+        return [signal for signal in plan.signals if signal.config.name in together], own
 
     def _backward(self, losses: Mapping[str, Tensor], signals: list[Signal]) -> None:
         """Add the joined gradient of a micro-batch into `.grad`."""
@@ -311,8 +352,8 @@ class DistillTrainer(SurvivingTrainer):
         config = self.distill_config
         if config.projection.method != "none" or config.weighting != "static":
             return True
-        if self.plan is not None and len(self.plan.helpers):
-            return True  # they are outside DistributedDataParallel: the projector averages them
+        if self._trains_beside_shards or (self.plan is not None and len(self.plan.helpers)):
+            return True  # outside DistributedDataParallel or FSDP2: the projector averages them
         every = 0 if self.args.logging_strategy == "no" else self.state.logging_steps
         return bool(every) and (self.state.global_step + 1) % int(every) == 0
 
@@ -322,7 +363,12 @@ class DistillTrainer(SurvivingTrainer):
         """Log the losses of a micro-batch; refuse any that is not finite."""
         anchor = TaskLoss(cross_entropy.detach()[None], (), inputs.get("record_ids", ()))
         losses = {ANCHOR: anchor, **signals}
-        check_finite(losses, self.state.global_step + 1)
+        error = None
+        try:
+            check_finite(losses, self.state.global_step + 1)
+        except NonFiniteLossError as own:
+            error = own
+        ranks.raise_together(error, NonFiniteLossError, self.args.device)
         self.distill_metrics.add_losses(losses)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -330,7 +376,20 @@ class DistillTrainer(SurvivingTrainer):
         if self.args.should_save:
             torch.save(self._distill_state(), Path(output_dir) / STATE_FILE)
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self._follow_sharding()
+        return prepared
+
+    def _follow_sharding(self) -> None:
+        """Make the projector anew once Accelerate has put shards in the parameters' place."""
+        if self.plan is not None and self.accelerator.is_fsdp2 and not self._is_sharded:
+            self._is_sharded = True
+            self._trains_beside_shards = sharding.trains_beside_shards(self.model)
+            self.projector = self._make_projector(self.plan)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self._follow_sharding()
         super()._load_optimizer_and_scheduler(checkpoint)
         file = None if checkpoint is None else Path(checkpoint) / STATE_FILE
         state = {}
@@ -359,25 +418,3 @@ class DistillTrainer(SurvivingTrainer):
             "reweighting": self.reweighting.state_dict(),
             "helpers": self.plan.helpers.state_dict(),
         }
-
-
-def build_reweighting(config: DistillConfig) -> Reweighting:
-    """Make the object that weights the losses of a distillation."""
-    options: dict[str, Any] = dict(config.weighting_options)
-    if config.weighting == "balance":
-        return BalancedWeights({signal.name: signal.share for signal in config.signals}, **options)
-    weights = {ANCHOR: 1.0} | {signal.name: signal.weight for signal in config.signals}
-    if config.weighting == "online":
-        return OnlineWeights(weights, **options)
-    return StaticWeights(weights, **options)
-
-
-def _question_types(dataset: Any) -> set[str]:
-    """The question types of a data set of records."""
-    try:
-        return {dataset[index].question_type for index in range(len(dataset))}
-    except (TypeError, AttributeError) as error:
-        raise TypeError(
-            "the question types cannot be read from train_dataset, which is no sequence of "
-            "drivekd.data.Record; pass question_types"
-        ) from error

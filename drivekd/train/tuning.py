@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -127,6 +128,13 @@ def add_adapters(model: nn.Module, settings: LoraConfig) -> Any:
 def merge_adapters(model: Any) -> Any:
     """The model with its adapters, if any, added to the weights that they stand beside."""
     return model.merge_and_unload() if has_adapters(model) else model
+
+
+def merge_saved_adapters(model: Any, folder: Path) -> Any:
+    """The model that adapters were made for, with saved ones added to its weights."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
 def has_adapters(model: Any) -> bool:

@@ -2,7 +2,7 @@
 
 `run_ranks` starts the processes and returns what the cases returned, by rank and case; a case that
 raised returns `Raised`. One start serves all cases of a module: importing torch takes longer than
-most of them.
+most of them. A module's `last`, if any, runs after them and may break the group.
 """
 
 import datetime
@@ -85,6 +85,8 @@ def main():
             results[name.removeprefix("case_")] = Raised(type(error).__name__, str(error), text)
         distributed.barrier()
     torch.save(results, folder / f"{distributed.get_rank()}.pt")
+    if hasattr(module, "last"):
+        module.last()
     distributed.destroy_process_group()
 
 

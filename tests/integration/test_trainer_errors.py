@@ -5,7 +5,12 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from drivekd.errors import NonFiniteLossError, TokenMismatchError, TrainingMemoryError
+from drivekd.errors import (
+    NonFiniteLossError,
+    RecipeError,
+    TokenMismatchError,
+    TrainingMemoryError,
+)
 from drivekd.train import DistillConfig, DistillTrainer, SignalConfig
 from tests.helpers import toy_data
 from tests.helpers.trainers import SIGNALS, TYPES, weights_of
@@ -102,3 +107,11 @@ def test_other_collators_are_refused(models, tmp_path):
             args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"),
             train_dataset=toy_data.records(tmp_path, TYPES),
         )
+
+
+def test_processes_that_would_each_train_alone_are_refused(make, monkeypatch):
+    """On CPUs Trainer finds the others only with use_cpu; all would write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(TrainingArguments, "world_size", 1)
+    with pytest.raises(RecipeError, match=r"2 processes but each would train alone.*use_cpu=true"):
+        make(DistillConfig(), use_cpu=False)

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from drivekd.data import Collator
-from drivekd.errors import TokenMismatchError
+from drivekd.errors import TokenMismatchError, UnsupportedEngineError
 from drivekd.train import DistillConfig, DistillTrainer, SignalConfig
 from tests.helpers import toy_data
 from tests.helpers.toy_models import internvl
@@ -44,7 +44,7 @@ def folders(whole, tmp_path_factory):
 
 @pytest.fixture
 def make(tmp_path):
-    def make(teachers, **options):
+    def make(teachers, *, signals=SIGNALS, use_cpu=True, **options):
         student = internvl(layers=4, hidden=32, heads=4, kv_heads=2, seed=1)
         args = TrainingArguments(
             output_dir=str(tmp_path / "run"),
@@ -54,7 +54,7 @@ def make(tmp_path):
             optim="sgd",
             report_to="none",
             save_strategy="no",
-            use_cpu=True,
+            use_cpu=use_cpu,
             disable_tqdm=True,
             dataloader_pin_memory=False,
             train_sampling_strategy="sequential",
@@ -62,7 +62,7 @@ def make(tmp_path):
         return DistillTrainer(
             student,
             teachers,
-            DistillConfig(signals=SIGNALS),
+            DistillConfig(signals=signals),
             args=args,
             data_collator=Collator(
                 toy_data.encoder(tmp_path), student.config, pad_token_id=toy_data.PAD
@@ -122,8 +122,62 @@ def test_place_of_teachers(make, folders):
     trainer = make(teachers, teacher_device="cpu")
     for forward in trainer.plan._forwards.values():
         assert {p.device.type for p in forward.teacher.parameters()} == {"cpu"}
-    with pytest.raises(RuntimeError, match="device type"):
+    with pytest.raises(ValueError, match="teacher_device is 'moon', which is no device"):
         make(teachers, teacher_device="moon")
+
+
+def test_a_checkpoint_is_loaded_once_on_each_device(make, folders, whole):
+    """ "cpu" and "cpu:0" are two names, as two GPUs are."""
+    teachers = {"a": folders["small"], "b": folders["large"], "c": folders["large"]}
+    apart = {"b": "cpu", "c": "cpu:0"}
+    trainer, together = make(teachers, teacher_device=apart), make(teachers)
+    assert len({id(own.teacher) for own in trainer.plan._forwards.values()}) == 3
+    assert len({id(own.teacher) for own in together.plan._forwards.values()}) == 2
+    for own in (trainer, together):
+        own.train()
+    got, wanted = trainer.model.state_dict(), together.model.state_dict()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    with pytest.raises(ValueError, match="'b' and 'c' are one model, which cannot be on cpu and"):
+        models = {"a": whole["small"], "b": whole["large"], "c": whole["large"]}
+        make(models, teacher_device=apart)
+
+
+def test_gpus_that_are_not_the_students_are_left_to_teachers(make, folders, monkeypatch):
+    """Trainer alone would split every batch over all GPUs that one process sees."""
+    teachers = {"a": folders["small"], "b": folders["large"], "c": folders["large"]}
+    setup = TrainingArguments.__post_init__
+
+    def with_two_gpus(args):
+        setup(args)
+        args._n_gpu = 2
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", with_two_gpus)
+    with pytest.raises(UnsupportedEngineError, match=r"sees 2 GPUs.*teacher_device=auto"):
+        make(teachers)
+    trainer = make(teachers, teacher_device="auto")
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 3
+    trainer.train()
+
+
+@pytest.mark.gpu
+def test_each_teacher_on_a_gpu_of_its_own(make, folders):
+    """Maps, hidden states and logits, teachers apart from the student and from each other."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    kinds = (
+        signal("sort", "a", "first"),
+        SignalConfig(name="fold", teacher="b", kind="hidden", student_layers=0, teacher_layers=1),
+        SignalConfig(name="wash", teacher="c", kind="logits"),
+    )
+    teachers, weights = {"a": folders["small"], "b": folders["large"], "c": folders["large"]}, []
+    for places in ({"a": "cuda:1", "b": "cpu", "c": "cuda:1"}, None):
+        torch.manual_seed(0)
+        trainer = make(teachers, signals=kinds, use_cpu=False, teacher_device=places)
+        trainer.train()
+        weights.append({k: v.cpu() for k, v in trainer.model.state_dict().items()})
+    for name, own in weights[1].items():
+        # Sums in other orders on a CPU than on a GPU, in float32.
+        torch.testing.assert_close(weights[0][name], own, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,9 @@ from drivekd.data import Collator
 from drivekd.projection import GradientProjector
 from drivekd.reweighting import BalancedWeights
 from drivekd.train import DistillConfig, ProjectionConfig, SignalConfig
-from tests.helpers import toy_data
+from drivekd.train.hidden import HiddenStateLoss
+from drivekd.train.signals import ForwardOutput, Signal, SignalPlan, StudentCapture
+from tests.helpers import toy_data, toy_models
 from tests.helpers.trainers import (
     LOGITS,
     NO_PROJECTION,
@@ -239,3 +241,35 @@ def test_loss_scaling_leaves_the_update_alone(make, models, method):
     scaled.train()
     assert scaled.accelerator.scaler.get_scale() == 2.0**12
     assert_close(weights_of(other), weights_of(models["student"]), start, relative=1e-4)
+
+
+def test_zero_of_an_absent_signal_reaches_what_its_loss_would(base):
+    """An exact 0 whatever the values, with a gradient of zeros for the same parameters."""
+    student, hidden = copy.deepcopy(base["student"]), torch.tensor([[float("nan")]])
+    plan = SignalPlan(
+        DistillConfig(signals=[*SIGNALS, LOGITS]), student, {n: base[n] for n in "abc"}, TYPES
+    )
+    with StudentCapture(student, plan.signals) as capture:
+        logits = student(**toy_models.image_inputs(), use_cache=False).logits
+    output = capture.output(logits)
+    reached = {}
+    for signal in plan.signals:
+        zero = output.zero(signal)
+        grads = torch.autograd.grad(
+            zero, list(student.parameters()), retain_graph=True, allow_unused=True
+        )
+        assert zero.dtype == torch.float32 and zero.item() == 0.0
+        assert all(grad is None or not grad.count_nonzero() for grad in grads)
+        names = [name for name, _ in student.named_parameters()]
+        reached[signal.config.name] = {
+            name for name, grad in zip(names, grads, strict=True) if grad is not None
+        }
+    layer = "model.language_model.layers.{}.self_attn.{}_proj.weight"
+    assert layer.format(0, "q") in reached["sort"] and layer.format(0, "k") in reached["sort"]
+    assert layer.format(0, "v") not in reached["sort"]
+    assert layer.format(1, "k") in reached["wash"] and layer.format(2, "k") not in reached["wash"]
+    assert layer.format(2, "v") in reached["words"]
+    output = ForwardOutput(None, {0: hidden.requires_grad_()}, None)
+    loss = HiddenStateLoss(student_layers=[0], teacher_layers=[0], student_width=1, teacher_width=1)
+    signal = Signal(SIGNALS[0], "route", {}, loss)
+    assert output.zero(signal).item() == 0.0

@@ -35,7 +35,7 @@ def test_log_holds_every_layer_pair_and_coefficient(run):
     assert first["seconds_left"] > 0 and last["seconds_left"] == 0
 
 
-def test_speed_counts_tokens_without_padding(monkeypatch):
+def test_speed_counts_tokens_of_all_processes_without_padding(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("drivekd.train.speed.time.monotonic", lambda: now[0])
     speed = Speed()
@@ -44,8 +44,11 @@ def test_speed_counts_tokens_without_padding(monkeypatch):
     speed.add(mask, 4)  # resumed at step 4
     speed.add(mask, 4)
     now[0] = 102.0
-    row = speed.flush(5, 10, processes=3)
-    assert (row["tokens_per_second"], row["seconds_left"]) == (3 * 10 / 2, 5 * 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("drivekd.train.speed.gather", lambda own: [own, (6, 1e6)])
+        row = speed.flush(5, 10)
+    assert (row["tokens_per_second"], row["seconds_left"]) == ((10 + 6) / 2, 5 * 2)
+    assert row["memory_gib"] == 1e6
     speed.add(None, 5)
     now[0] = 106.0
     row = speed.flush(7, 10)

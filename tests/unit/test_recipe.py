@@ -6,12 +6,16 @@ import yaml
 from drivekd.errors import RecipeError
 from drivekd.train import load_recipe
 from drivekd.train.signals import SignalPlan
-from drivekd.train.trainer import build_reweighting
+from drivekd.train.weighting import build_reweighting
 from tests.helpers import toy_models
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
-# Files that start with _ hold settings which recipes share.
-RECIPES = sorted(file for file in FOLDER.rglob("*.yaml") if not file.name.startswith("_"))
+# Files that start with _ hold settings which recipes share, those in launch/ are accelerate's.
+RECIPES = sorted(
+    file
+    for file in FOLDER.rglob("*.yaml")
+    if not file.name.startswith("_") and file.parent.name != "launch"
+)
 
 
 def path_of(file):
@@ -294,3 +298,12 @@ def test_mistake_in_a_base_is_named(tmp_path, tree, message):
     with pytest.raises(RecipeError, match=message) as caught:
         load_recipe(tmp_path / "recipe.yaml")
     assert str(tmp_path) in str(caught.value)
+
+
+def test_fsdp_is_switched_on_by_true():
+    """transformers annotates it as the string that older versions took."""
+    file = FOLDER / "multi.yaml"
+    recipe = load_recipe(file, ["training.fsdp=true", "training.fsdp_config.version=2"])
+    assert recipe.training["fsdp"] is True and recipe.training["fsdp_config"] == {"version": 2}
+    with pytest.raises(RecipeError, match=r"training\.fsdp is the int 1"):
+        load_recipe(file, ["training.fsdp=1"])

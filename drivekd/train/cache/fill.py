@@ -33,6 +33,7 @@ from drivekd.train.cache.store import TargetStore, TargetWriter, write_json, wri
 from drivekd.train.cache.targets import TEACHERS, as_table, known_teachers
 from drivekd.train.guards import is_out_of_memory
 from drivekd.train.models import check_same_vision
+from drivekd.train.placement import place_teachers
 from drivekd.train.recipe import Recipe
 from drivekd.train.teachers import load_teacher
 
@@ -195,7 +196,8 @@ def _run_teacher(
         return
     first = wanted[0]
     layers = sorted({layer for each in wanted for group in each.spec.groups for layer in group})
-    device = torch.device(job.recipe.teacher_device or job.ranks.device)
+    places = place_teachers(job.recipe.teacher_device, job.recipe.teachers, job.ranks.device)
+    device = places[first.teacher]
     with _advice(job):
         try:
             teacher = load_teacher(
