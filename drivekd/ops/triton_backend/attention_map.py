@@ -140,8 +140,9 @@ class _Student:
             launch.mse_size(heads, tokens, chunk) if inputs.loss == "mse" else chunk.count
             for chunk in plan.chunks
         ]
-        # A chunk leaves alone what others need more of.
-        self._sums = heads.lse2.new_zeros((len(parts), tokens.batch_size, max(parts)))
+        self._sums = heads.lse2.new_empty((len(parts), tokens.batch_size, max(parts)))
+        if len(set(parts)) > 1:
+            self._sums.zero_()  # a chunk leaves alone what others need more of
         self._dq: Tensor | None = None
         self._planes: Tensor | None = None
         if inputs.needs_dq[index]:
