@@ -11,12 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from drivekd_kernels import (
-    attention_dk,
-    attention_dq,
     attention_lse,
     attention_map,
     attention_rows,
@@ -27,8 +24,6 @@ from drivekd_kernels.tuned import ONE_PASS_DIM, ROW_TILES, Tiles, tiles
 LOG2E = 1 / math.log(2)
 MAP_ALIGN = 16  # elements; rows of workspaces start at multiples of it
 MAP_ROWS, MAP_KEYS = 128, 128  # workspaces hold whole tiles of so many slots and keys
-MAX_PLANES = 16  # of dk
-PLANES_BYTES = 64 * 2**20  # that they may take together, but for the first two
 TOKEN_BLOCK = 2048  # tokens that `tokens` looks at in one step
 RESIDENT = 2  # programs that a multiprocessor holds at once
 MIN_SHARE = 0.93  # of a tile's rows that hold something when query heads are packed
@@ -161,7 +156,7 @@ def tokens(
         None if mask is None else mask.contiguous().view(torch.uint8)
         for mask in (valid, is_text, is_vision)
     ]
-    with _on(result.first):
+    with on_device(result.first):
         attention_tokens.tokens_kernel[(B,)](
             *masks,
             result.first,
@@ -187,9 +182,9 @@ def lse(query: Tensor, key: Tensor, scale: float, tokens: Tokens) -> Tensor:
     """Base-2 log-sum-exp (B, H, N) float32 of the rows of the region; other rows undefined."""
     B, H, N, _ = query.shape
     lse2 = query.new_empty((B, H, N), dtype=torch.float32)
-    meta, tile = _meta("lse", query, key, region=tokens.vision is not None)
-    grid = (H, _ceil(N, tile.q), B)
-    with _on(query):
+    meta, tile = meta_of("lse", query, key, region=tokens.vision is not None)
+    grid = (H, ceil_div(N, tile.q), B)
+    with on_device(query):
         attention_lse.lse_kernel[grid](
             query,
             key,
@@ -200,8 +195,8 @@ def lse(query: Tensor, key: Tensor, scale: float, tokens: Tokens) -> Tensor:
             tokens.rows,
             tokens.num_rows,
             N,
-            *_strides(query),
-            *_strides(key),
+            *strides(query),
+            *strides(key),
             scale * LOG2E,
             STAGES=tile.stages,
             num_warps=tile.warps,
@@ -218,9 +213,9 @@ def map_tile(heads: Heads, tokens: Tokens, chunk: Chunk, out: Tensor, *, log: bo
     alone.
     """
     region = tokens.vision is not None
-    meta, tile = _meta("map", heads.query, heads.key, log=log, region=region)
-    grid = (_ceil(chunk.keys, tile.k), _ceil(chunk.count, tile.q), tokens.batch_size)
-    with _on(heads.query):
+    meta, tile = meta_of("map", heads.query, heads.key, log=log, region=region)
+    grid = (ceil_div(chunk.keys, tile.k), ceil_div(chunk.count, tile.q), tokens.batch_size)
+    with on_device(heads.query):
         attention_map.map_kernel[grid](
             heads.query,
             heads.key,
@@ -237,8 +232,8 @@ def map_tile(heads: Heads, tokens: Tokens, chunk: Chunk, out: Tensor, *, log: bo
             chunk.first,
             chunk.count,
             chunk.keys,
-            *_strides(heads.query),
-            *_strides(heads.key),
+            *strides(heads.query),
+            *strides(heads.key),
             *(each // MAP_ALIGN for each in out.stride()[:2]),
             heads.scale * LOG2E,
             math.log2(heads.num_heads),
@@ -253,8 +248,8 @@ def map_tile(heads: Heads, tokens: Tokens, chunk: Chunk, out: Tensor, *, log: bo
 
 def mse_size(heads: Heads, tokens: Tokens, chunk: Chunk) -> int:
     """Number of a sample's partial sums in `mse`."""
-    _, tile = _meta("mse", heads.query, heads.key, region=tokens.vision is not None)
-    return _ceil(chunk.keys, tile.k) * _ceil(chunk.count, tile.q)
+    _, tile = meta_of("mse", heads.query, heads.key, region=tokens.vision is not None)
+    return ceil_div(chunk.keys, tile.k) * ceil_div(chunk.count, tile.q)
 
 
 def mse(
@@ -277,10 +272,10 @@ def mse(
         w: (B, slots, keys) receives dL/dP; None where no gradient is wanted.
         sums: (B, at least `mse_size`) float32, receives partial sums.
     """
-    meta, tile = _meta("mse", heads.query, heads.key, region=tokens.vision is not None)
-    grid = (_ceil(chunk.keys, tile.k), _ceil(chunk.count, tile.q), tokens.batch_size)
+    meta, tile = meta_of("mse", heads.query, heads.key, region=tokens.vision is not None)
+    grid = (ceil_div(chunk.keys, tile.k), ceil_div(chunk.count, tile.q), tokens.batch_size)
     stride_t, stride_b, stride_s = (each // MAP_ALIGN for each in targets.stride()[:3])
-    with _on(heads.query):
+    with on_device(heads.query):
         attention_map.mse_kernel[grid](
             heads.query,
             heads.key,
@@ -300,8 +295,8 @@ def mse(
             chunk.count,
             chunk.keys,
             sums.stride(0),
-            *_strides(heads.query),
-            *_strides(heads.key),
+            *strides(heads.query),
+            *strides(heads.key),
             stride_b,
             stride_s,
             stride_t,
@@ -346,8 +341,8 @@ def row_loss(
     kernel = {"cosine": attention_rows.cosine_kernel, "kl": attention_rows.kl_kernel}[loss]
     stride_t, stride_b, stride_s = (each // MAP_ALIGN for each in targets.stride()[:3])
     share = 1 / len(group.maps)
-    with _on(maps):
-        kernel[(_ceil(chunk.count, ROW_TILES.q), tokens.batch_size)](
+    with on_device(maps):
+        kernel[(ceil_div(chunk.count, ROW_TILES.q), tokens.batch_size)](
             maps,
             targets,
             w,
@@ -377,183 +372,15 @@ def row_loss(
         )
 
 
-def delta(heads: Heads, tokens: Tokens, chunk: Chunk, w: Tensor, logs: Tensor | None) -> Tensor:
-    """Log-sum-exp and delta (B, H, count, 2) float32 of a chunk."""
-    result = _pairs(heads, chunk)
-    meta, tile = _gradient_meta("delta", heads, tokens, log=logs is not None)
-    with _on(heads.query):
-        attention_dq.delta_kernel[_packed_grid(heads, chunk, tile)](
-            heads.query,
-            heads.key,
-            heads.lse2,
-            w,
-            logs,
-            result,
-            tokens.first,
-            tokens.last,
-            tokens.tags,
-            tokens.rows,
-            tokens.num_rows,
-            tokens.before,
-            tokens.num_tokens,
-            chunk.first,
-            chunk.count,
-            *_strides(heads.query),
-            *_strides(heads.key),
-            *(each // MAP_ALIGN for each in w.stride()[:2]),
-            heads.scale * LOG2E,
-            ALIGN_MAP=MAP_ALIGN,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            **meta,
-        )
-    return result
-
-
-def dq(
-    heads: Heads,
-    tokens: Tokens,
-    chunk: Chunk,
-    w: Tensor,
-    logs: Tensor | None,
-    out: Tensor,
-) -> Tensor:
-    """Write dq of a chunk's rows to out (B, H, N, D) float32; return what `delta` gives."""
-    single = one_pass(heads.query)
-    meta, tile = _gradient_meta("dq", heads, tokens, log=logs is not None)
-    pairs = _pairs(heads, chunk) if single else delta(heads, tokens, chunk, w, logs)
-    with _on(heads.query):
-        attention_dq.dq_kernel[_packed_grid(heads, chunk, tile)](
-            heads.query,
-            heads.key,
-            heads.lse2,
-            w,
-            logs,
-            pairs,
-            out,
-            tokens.first,
-            tokens.last,
-            tokens.tags,
-            tokens.rows,
-            tokens.num_rows,
-            tokens.before,
-            tokens.num_tokens,
-            chunk.first,
-            chunk.count,
-            *_strides(heads.query),
-            *_strides(heads.key),
-            *out.stride()[:3],
-            *(each // MAP_ALIGN for each in w.stride()[:2]),
-            heads.scale * LOG2E,
-            heads.scale / heads.num_heads,
-            ONE_PASS=single,
-            ALIGN_MAP=MAP_ALIGN,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            **meta,
-            **_grad_dtype(heads.query),
-        )
-    return pairs
-
-
-def dk_planes(heads: Heads, tokens: Tokens, chunk: Chunk, *, log: bool) -> int:
-    """Planes of dk: how many programs may share a tile of keys."""
-    _, tile = _gradient_meta("dk", heads, tokens, log=log)
-    B, H_kv, N, D = heads.key.shape
-    key_tiles = _ceil(min(chunk.count, N), tile.k) * H_kv * B
-    # Under a causal mask half of the first chunk's tiles are seen, from its own keys.
-    wanted = 1 + _ceil(2 * programs(heads.query), key_tiles)
-    affordable = max(2, PLANES_BYTES // (4 * B * H_kv * N * D))
-    return max(2, min(wanted, affordable, MAX_PLANES, 1 + _ceil(chunk.count, tile.q)))
-
-
-def key_spans(heads: Heads, tokens: Tokens, *, log: bool) -> Tensor:
-    """Slots that see each of dk's tiles of keys: (4, B, tiles) int32."""
-    _, tile = _gradient_meta("dk", heads, tokens, log=log)
-    B, N = tokens.batch_size, tokens.num_tokens
-    spans = tokens.first.new_empty((4, B, _ceil(N, tile.k)))
-    with _on(spans):
-        attention_dk.spans_kernel[(spans.shape[2], B)](
-            tokens.row_first,
-            tokens.row_last,
-            tokens.slots,
-            tokens.tags,
-            spans,
-            N,
-            BLOCK_K=tile.k,
-            num_warps=4,
-        )
-    return spans
-
-
-def dk(
-    heads: Heads,
-    tokens: Tokens,
-    chunk: Chunk,
-    w: Tensor,
-    logs: Tensor | None,
-    pairs: Tensor,
-    spans: Tensor,
-    planes: Tensor,
-) -> None:
-    """Add a chunk's gradient in k to planes (planes, B, H_kv, N, D) float32, contiguous.
-
-    pairs: log-sum-exp and delta (B, H, count, 2), from `dq` or `delta`. spans: from `key_spans`.
-    """
-    meta, tile = _gradient_meta("dk", heads, tokens, log=logs is not None)
-    # A tile of keys must not be shared by more programs than there are planes.
-    min_share = _ceil(_ceil(chunk.count, tile.q), planes.shape[0] - 1)
-    with _on(heads.query):
-        attention_dk.dk_kernel[(programs(heads.query),)](
-            heads.query,
-            heads.key,
-            w,
-            logs,
-            pairs,
-            planes,
-            tokens.first,
-            tokens.last,
-            spans,
-            tokens.tags,
-            tokens.rows,
-            tokens.num_rows,
-            tokens.before,
-            tokens.num_tokens,
-            tokens.batch_size,
-            chunk.first,
-            chunk.count,
-            *_strides(heads.query),
-            *_strides(heads.key),
-            *(each // MAP_ALIGN for each in w.stride()[:2]),
-            heads.scale * LOG2E,
-            heads.scale / heads.num_heads,
-            min_share,
-            ALIGN_MAP=MAP_ALIGN,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            **meta,
-            **_grad_dtype(heads.query),
-        )
-
-
 def map_tile_size(query: Tensor, key: Tensor, *, region: bool) -> tuple[int, int]:
     """Rows and keys of a program of `map_tile`."""
-    _, tile = _meta("map", query, key, region=region)
+    _, tile = meta_of("map", query, key, region=region)
     return tile.q, tile.k
-
-
-def dq_tile_size(query: Tensor, key: Tensor, *, region: bool) -> tuple[int, int]:
-    """Rows of a program of `dq`, and how many programs a sample has for these."""
-    meta, tile = _meta("dq", query, key, region=region, packs=True)
-    return tile.q // meta["PACK"], key.shape[1] * _ceil(meta["GROUP"], meta["PACK"])
 
 
 def map_shape(num_rows: int, num_tokens: int) -> tuple[int, int]:
     """Slots and keys of a workspace."""
-    return _ceil(num_rows, MAP_ROWS) * MAP_ROWS, _ceil(num_tokens, MAP_KEYS) * MAP_KEYS
+    return ceil_div(num_rows, MAP_ROWS) * MAP_ROWS, ceil_div(num_tokens, MAP_KEYS) * MAP_KEYS
 
 
 def architecture(tensor: Tensor) -> int:
@@ -582,7 +409,7 @@ def one_pass(query: Tensor) -> bool:
     return padded_dims(query.shape[-1]) <= ONE_PASS_DIM
 
 
-def _meta(
+def meta_of(
     kernel: str,
     query: Tensor,
     key: Tensor,
@@ -612,49 +439,20 @@ def _meta(
     if kernel in ("map", "mse", "dk"):
         meta |= {"PART": tile.k // tile.parts, "PARTS": tile.parts}
     if packs:
-        meta["PACK"] = _pack(group, tile)
+        meta["PACK"] = packed_heads(group, tile)
     return meta, tile
 
 
-def _gradient_meta(
-    kernel: str, heads: Heads, tokens: Tokens, *, log: bool
-) -> tuple[dict[str, Any], Tiles]:
-    region = tokens.vision is not None
-    packs = kernel != "dk"
-    return _meta(kernel, heads.query, heads.key, log=log, region=region, packs=packs)
-
-
-def _pairs(heads: Heads, chunk: Chunk) -> Tensor:
-    batch_size, num_heads = heads.lse2.shape[:2]
-    return heads.lse2.new_empty((batch_size, num_heads, chunk.count, 2))
-
-
-def _packed_grid(heads: Heads, chunk: Chunk, tile: Tiles) -> tuple[int, int, int]:
-    batch_size, num_heads = heads.lse2.shape[:2]
-    num_key_heads = heads.key.shape[1]
-    group = num_heads // num_key_heads
-    pack = _pack(group, tile)
-    return num_key_heads * _ceil(group, pack), _ceil(chunk.count, tile.q // pack), batch_size
-
-
-def _pack(group: int, tile: Tiles) -> int:
+def packed_heads(group: int, tile: Tiles) -> int:
     """Query heads of a group that share a tile of rows: many, but few rows may stay empty."""
 
     def share(pack: int) -> float:
-        return group / (_ceil(group, pack) * pack) * (tile.q // pack * pack) / tile.q
+        return group / (ceil_div(group, pack) * pack) * (tile.q // pack * pack) / tile.q
 
     return max(pack for pack in range(1, min(group, tile.pack) + 1) if share(pack) >= MIN_SHARE)
 
 
-def _grad_dtype(query: Tensor) -> dict[str, Any]:
-    """Operands of the products with dS. float16 has not its range, TF32 has, and as many bits."""
-    if query.dtype == torch.bfloat16:
-        return {"GRAD_DTYPE": tl.bfloat16, "GRAD_PRECISION": "ieee"}
-    precision = "tf32" if query.dtype == torch.float16 else "ieee"
-    return {"GRAD_DTYPE": tl.float32, "GRAD_PRECISION": precision}
-
-
-def _ceil(value: int, step: int) -> int:
+def ceil_div(value: int, step: int) -> int:
     """How many steps reach the value."""
     return -(-value // step)
 
@@ -683,7 +481,7 @@ def _align(tensor: Tensor) -> int:
     return elements if aligned else 1
 
 
-def _strides(tensor: Tensor) -> tuple[int, int, int]:
+def strides(tensor: Tensor) -> tuple[int, int, int]:
     """Strides of samples, heads and tokens in units of `_align`."""
     align = _align(tensor)
     b, h, n = (stride // align for stride in tensor.stride()[:3])
@@ -691,7 +489,7 @@ def _strides(tensor: Tensor) -> tuple[int, int, int]:
 
 
 @contextlib.contextmanager
-def _on(tensor: Tensor) -> Iterator[None]:
+def on_device(tensor: Tensor) -> Iterator[None]:
     """Launch on the tensor's device, whatever the current one is."""
     if tensor.device.type == "cuda":
         with torch.cuda.device(tensor.device):

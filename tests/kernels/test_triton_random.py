@@ -11,6 +11,7 @@ from tests.helpers.random_attention import draw_call, excess
 
 pytest.importorskip("triton")
 launch = pytest.importorskip("drivekd_kernels.launch")
+launch_dq_dk = pytest.importorskip("drivekd_kernels.launch_dq_dk")
 chunks = pytest.importorskip("drivekd.ops.triton_backend.chunks")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,7 +61,7 @@ def test_random_calls_in_random_tiles_match_the_twin(seed, monkeypatch):
     monkeypatch.setattr(launch, "one_pass", lambda query: single)
     programs = pick.choice((1, 3, 20, 264))
     monkeypatch.setattr(launch, "programs", lambda tensor: programs)
-    monkeypatch.setattr(launch, "MAX_PLANES", pick.choice((2, 3, 16)))
+    monkeypatch.setattr(launch_dq_dk, "MAX_PLANES", pick.choice((2, 3, 16)))
     monkeypatch.setattr(chunks, "STEP", 16)
     monkeypatch.setattr(chunks, "MIN_ROWS", pick.choice((16, 32, 1024)))
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)

@@ -10,7 +10,7 @@ import math
 import os
 
 import torch
-from drivekd_kernels import launch
+from drivekd_kernels import launch, launch_dq_dk
 from torch import Tensor
 
 from drivekd.ops.attention_inputs import AttentionLayer, AttentionLayout, AttentionMapLossInputs
@@ -151,9 +151,10 @@ class _Student:
             self._dq = make(heads.query, dtype=torch.float32)
         if inputs.needs_dk[index]:
             planes = max(
-                launch.dk_planes(heads, tokens, chunk, log=plan.in_logs) for chunk in plan.chunks
+                launch_dq_dk.dk_planes(heads, tokens, chunk, log=plan.in_logs)
+                for chunk in plan.chunks
             )
-            self._spans = launch.key_spans(heads, tokens, log=plan.in_logs)
+            self._spans = launch_dq_dk.key_spans(heads, tokens, log=plan.in_logs)
             self._planes = torch.zeros(
                 (planes, *self._key.shape), dtype=torch.float32, device=self._key.device
             )
@@ -175,11 +176,11 @@ class _Student:
         if w is None:
             return
         if self._dq is not None:
-            pairs = launch.dq(heads, tokens, chunk, w, logs, self._dq)
+            pairs = launch_dq_dk.dq(heads, tokens, chunk, w, logs, self._dq)
         else:
-            pairs = launch.delta(heads, tokens, chunk, w, logs)
+            pairs = launch_dq_dk.delta(heads, tokens, chunk, w, logs)
         if self._planes is not None:
-            launch.dk(heads, tokens, chunk, w, logs, pairs, self._spans, self._planes)
+            launch_dq_dk.dk(heads, tokens, chunk, w, logs, pairs, self._spans, self._planes)
 
     def sums(self) -> Tensor:
         """(B,) float32."""

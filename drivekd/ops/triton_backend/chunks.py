@@ -9,7 +9,7 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
-from drivekd_kernels import launch
+from drivekd_kernels import launch, launch_dq_dk
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -68,7 +68,7 @@ def cut(
         Kernel(*launch.map_tile_size(*each, region=region), B, each[0].shape[1] * each[0].shape[3])
         for each in (student, teacher)
     ]
-    rows, packs = launch.dq_tile_size(*student, region=region)
+    rows, packs = launch_dq_dk.dq_tile_size(*student, region=region)
     kernels.append(Kernel(rows, None, B * packs, 3 * H * D))
     step = STEP * -(-N // (STEP * MAX_STEPS))
     ends = _ends(
