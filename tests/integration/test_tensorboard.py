@@ -62,6 +62,8 @@ def test_resumed_run_goes_on_in_its_curves(run):
     run("training.resume_from_checkpoint=auto")
     after = curves_of(folder / "tensorboard")["train/loss"]
     assert [step for step, _ in after] == [1, 2, 3] and after == before
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)  # else a fresh run is refused
     run("training.max_steps=1")
     assert len(curves_of(folder / "tensorboard")["train/loss"]) == 1
     assert curves_of(folder / "tensorboard.1")["train/loss"] == before

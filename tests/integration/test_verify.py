@@ -340,7 +340,8 @@ REMOTE = {
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_commands_refuse_remote_code_with_the_remedy(recipe, tmp_path, capsys, command, who):
     (tmp_path / who / "config.json").write_text(json.dumps(REMOTE))
-    assert main([command, str(recipe)]) == 2
+    cpu = ["training.bf16=false", "training.use_cpu=true"]
+    assert main([command, str(recipe), *cpu]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert "error: " + ("student" if who == "student" else "teacher 'big'") in err
     assert "take the checkpoint in transformers' own format" in err and "truncate_teacher" in err
