@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 
 from drivekd.errors import NonFiniteLossError, TrainingMemoryError
+from drivekd.train import ranks
 from drivekd.train.config import DistillConfig
 
 # How torch's CPU allocator words it; it raises a plain RuntimeError.
@@ -76,6 +77,16 @@ def check_finite(losses: Mapping[str, TaskLoss], step: int) -> None:
         f"step {step}: losses are not finite: {'; '.join(broken)}. Look at these records, lower "
         "learning_rate, raise warmup_steps, or use bf16 instead of fp16"
     )
+
+
+def check_finite_together(losses: Mapping[str, TaskLoss], step: int, device: torch.device) -> None:
+    """As `check_finite`, in every process if any of them finds such a loss."""
+    error = None
+    try:
+        check_finite(losses, step)
+    except NonFiniteLossError as own:
+        error = own
+    ranks.raise_together(error, NonFiniteLossError, device)
 
 
 def _advice(

@@ -14,7 +14,7 @@ from drivekd.projection import GradientProjector
 from drivekd.reweighting import Reweighting
 from drivekd.tokens import TokenLayout
 from drivekd.train.config import ANCHOR, DistillConfig
-from drivekd.train.guards import TaskLoss, check_finite
+from drivekd.train.guards import TaskLoss, check_finite_together
 from drivekd.train.metrics import StepMetrics
 from drivekd.train.models import prepare_teachers
 from drivekd.train.saving import EndsExactly, can_load_weights, load_weights
@@ -178,7 +178,7 @@ class DistillMixin(EndsExactly):
             raise ValueError(f"named_losses gave {sorted(losses)}; {ANCHOR!r} must be among them")
         losses[ANCHOR] = losses[ANCHOR] * micro_batch_factor(self, num_items_in_batch)
         tasks = {name: TaskLoss(loss.detach()[None], (), ()) for name, loss in losses.items()}
-        check_finite(tasks, self.state.global_step + 1)
+        check_finite_together(tasks, self.state.global_step + 1, self.args.device)
         self.distill_metrics.add_losses(tasks)
         steps = self.current_gradient_accumulation_steps
         report = self.projector.backward(

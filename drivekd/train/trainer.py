@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from drivekd.data.collate import Collator, Route
-from drivekd.errors import NonFiniteLossError
 from drivekd.projection import GradientProjector
 from drivekd.reweighting import Reweighting
 from drivekd.train import placement, ranks, sharding
 from drivekd.train.cache.targets import bind, teacher_precision, warn_of_missing
 from drivekd.train.config import ANCHOR, DistillConfig
 from drivekd.train.dataset import has_text_alone, question_types_of
-from drivekd.train.guards import TaskLoss, advise_on_memory, check_finite
+from drivekd.train.guards import TaskLoss, advise_on_memory, check_finite_together
 from drivekd.train.metrics import StepMetrics
 from drivekd.train.models import prepare_teachers
 from drivekd.train.recipe import CacheConfig
@@ -363,12 +362,7 @@ class DistillTrainer(SurvivingTrainer):
         """Log the losses of a micro-batch; refuse any that is not finite."""
         anchor = TaskLoss(cross_entropy.detach()[None], (), inputs.get("record_ids", ()))
         losses = {ANCHOR: anchor, **signals}
-        error = None
-        try:
-            check_finite(losses, self.state.global_step + 1)
-        except NonFiniteLossError as own:
-            error = own
-        ranks.raise_together(error, NonFiniteLossError, self.args.device)
+        check_finite_together(losses, self.state.global_step + 1, self.args.device)
         self.distill_metrics.add_losses(losses)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -268,6 +268,7 @@ def _add_keys(
         i = row_tokens(rows_ptr, b, first_slot + slot, live, N)
         first, last = row_span(first_ptr, last_ptr, b, i, live, N)
         tag = row_tags(tags_ptr, b, i, live, N)
+        live = live & (first <= last)  # what stands at padding must not meet a 0 of dS
         masked = ()
         for part in tl.static_range(PARTS):  # one by one: masks take registers too
             one = _add_rows(

@@ -24,6 +24,7 @@ everything = pytest.mark.parametrize(
 
 # The interpreter's own: masked cells may be inf - inf, and numpy would have it read scalars anew.
 pytestmark = [
+    pytest.mark.usefixtures("few_programs"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
 ]

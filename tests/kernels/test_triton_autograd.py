@@ -23,6 +23,7 @@ SMALL = {"num_samples": 1, "num_tokens": 12, "student": Heads(2, 1, 16), "teache
 
 # The interpreter's own: masked cells may be inf - inf, and numpy would have it read scalars anew.
 pytestmark = [
+    pytest.mark.usefixtures("few_programs"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
 ]
