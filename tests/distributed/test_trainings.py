@@ -202,9 +202,11 @@ def test_launch_configs_are_for_ddp_and_fsdp2():
     assert {config.mixed_precision for config in configs.values()} == {"no"}
 
 
-def test_accelerate_launch_shards_a_recipe(tmp_path):
+@pytest.mark.parametrize("tuning", [(), ("lora.rank=2", "lora.targets=[q_proj,v_proj]")])
+def test_accelerate_launch_shards_a_recipe(tmp_path, tuning):
     """The shipped config and the module form, on CPUs, with Accelerate's loading of one rank alone:
-    the other gets the student's weights from it, and reads its teachers itself."""
+    the other gets the student's weights from it, and reads its teachers itself. Adapters are merged
+    into the student that is saved, as one process does it."""
     file = write_recipe(
         tmp_path,
         ("sort", "fold", "sort", "fold"),
@@ -214,9 +216,9 @@ def test_accelerate_launch_shards_a_recipe(tmp_path):
         gradient_accumulation_steps=2,
         train_sampling_strategy="sequential",
     )
-    by_step = "distill.projection.every=step"
-    one = distill(load_recipe(file, [by_step]))
-    changes = [by_step, "training.gradient_accumulation_steps=1"]
+    by_step = ["distill.projection.every=step", *tuning]
+    one = distill(load_recipe(file, by_step))
+    changes = [*by_step, "training.gradient_accumulation_steps=1"]
     changes.append(f"training.output_dir={tmp_path / 'two'}")
     launch = ["-m", "accelerate.commands.launch", "--num_processes", "2"]
     launch += ["--config_file", str(ROOT / "recipes" / "launch" / "fsdp2.yaml")]
