@@ -134,6 +134,7 @@ def record(
     *,
     arch: int = 90,
     lse: bool = False,
+    padded: bool = False,
 ) -> Call:
     """Loss and both gradients of one student layer against one teacher layer, causal.
 
@@ -143,6 +144,8 @@ def record(
         dtype: of q and k of both models.
         arch: whose tiles are launched.
         lse: whether flash forwards left their log-sum-exp.
+        padded: whether there may be padding, as in a batch of records; the result's tokens have
+            none.
     """
     meta = torch.device("meta")
     inputs = AttentionMapLossInputs(
@@ -150,7 +153,7 @@ def record(
         teacher=(_layer(pair, pair.teacher, dtype, lse=lse),),
         groups=((0,),),
         windows=(None,),
-        layout=_layout(pair, meta),
+        layout=_layout(pair, meta, padded=padded),
         loss=loss,
         needs_dq=(True,),
         needs_dk=(True,),
@@ -227,12 +230,13 @@ def _layer(
     return AttentionLayer(make(H), make(H_kv), D**-0.5, known)
 
 
-def _layout(pair: Pair, device: torch.device) -> AttentionLayout:
+def _layout(pair: Pair, device: torch.device, *, padded: bool = False) -> AttentionLayout:
     B, N = pair.num_samples, pair.num_tokens
+    valid = torch.ones(B, N, dtype=torch.bool, device=device) if padded else None
     is_vision = is_text = None
     if pair.num_vision:
         is_vision = torch.zeros(B, N, dtype=torch.bool)
         is_vision[:, : pair.num_vision] = True
         is_vision = is_vision.to(device)
         is_text = ~is_vision
-    return AttentionLayout(B, N, device, True, None, None, is_text, is_vision)
+    return AttentionLayout(B, N, device, True, valid, None, is_text, is_vision)

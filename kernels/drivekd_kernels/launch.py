@@ -182,7 +182,9 @@ def lse(query: Tensor, key: Tensor, scale: float, tokens: Tokens) -> Tensor:
     """Base-2 log-sum-exp (B, H, N) float32 of the rows of the region; other rows undefined."""
     B, H, N, _ = query.shape
     lse2 = query.new_empty((B, H, N), dtype=torch.float32)
-    meta, tile = meta_of("lse", query, key, region=tokens.vision is not None)
+    meta, tile = meta_of(
+        "lse", query, key, region=tokens.vision is not None, tags=tokens.tags is not None
+    )
     grid = (H, ceil_div(N, tile.q), B)
     with on_device(query):
         attention_lse.lse_kernel[grid](
@@ -416,6 +418,7 @@ def meta_of(
     *,
     log: bool = False,
     region: bool = False,
+    tags: bool = False,
     packs: bool = False,
 ) -> tuple[dict[str, Any], Tiles]:
     """What the kernels of one model must know when they are compiled, and the tile sizes."""
@@ -423,7 +426,9 @@ def meta_of(
     block_d, tail = _dims(D)
     group = H // key.shape[1]
     dtype = str(query.dtype).removeprefix("torch.")
-    tile = tiles(kernel, architecture(query), dtype, block_d + tail, log=log, region=region)
+    tile = tiles(
+        kernel, architecture(query), dtype, block_d + tail, log=log, region=region, tags=tags
+    )
     meta: dict[str, Any] = {
         "H": H,
         "GROUP": group,

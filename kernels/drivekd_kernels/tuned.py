@@ -43,13 +43,14 @@ class Tiles:
 ROW_TILES = Tiles(16, 128, 4, 1)
 
 # (architecture, dtype) -> pass -> entries for padded head dims of up to 64, 96, 128 and 256. A pass
-# may have entries of its own where maps are logarithms (`_log`) and where the region is text rows x
-# vision keys (`_region`), which leaves fewer programs.
+# may have entries of its own where there is padding (`_tags`), where maps are logarithms (`_log`),
+# and where the region is text rows x vision keys (`_region`), which leaves fewer programs.
 DIMS = (64, 96, 128, 256)
 _Table = dict[str, tuple[str, str, str, str]]
 _BF16_90: _Table = {
     "lse": ("128x128w8s2", "128x64w4s2", "128x128w8s2", "128x64w4s2"),
     "lse_region": ("64x128w4s2", "128x64w4s2", "128x128w8s2", "128x64w4s2"),
+    "lse_tags": ("128x64w4s2", "128x64w4s2", "128x64w4s2", "128x64w4s2"),
     "map": ("64x256w4s2p1x2", "64x256w4s2p1x2", "64x256w4s2p1x2", "64x64w4s2"),
     "map_log": ("64x64w4s2", "64x64w4s2", "64x64w4s2", "64x64w4s2"),
     "map_region": ("64x128w4s2p1x2", "64x128w4s2p1x2", "64x128w4s2p1x2", "64x64w4s2"),
@@ -113,7 +114,14 @@ ONE_PASS_DIM = 128  # of dq: wider heads leave no registers for its second sum
 
 @functools.cache
 def tiles(
-    kernel: str, arch: int, dtype: str, block_d: int, *, log: bool = False, region: bool = False
+    kernel: str,
+    arch: int,
+    dtype: str,
+    block_d: int,
+    *,
+    log: bool = False,
+    region: bool = False,
+    tags: bool = False,
 ) -> Tiles:
     """Tile sizes of a pass.
 
@@ -124,9 +132,11 @@ def tiles(
         block_d: padded head dim; the next larger one that the table has.
         log: whether maps are logarithms.
         region: whether the region is text rows x vision keys.
+        tags: whether there is padding or segments, which takes registers.
     """
     known = max((each for each, _ in TILES if each <= arch), default=min(TILES)[0])
     table = TILES[known, dtype]
     column = next(i for i, width in enumerate(DIMS) if width >= block_d)
-    names = [f"{kernel}_log"] * log + [f"{kernel}_region"] * region + [kernel]
+    variants = {"tags": tags, "log": log, "region": region}
+    names = [f"{kernel}_{name}" for name, holds in variants.items() if holds] + [kernel]
     return Tiles.parse(next(table[name] for name in names if name in table)[column])

@@ -191,6 +191,20 @@ def test_exp2_is_not_evaluated_more_often_than_the_source_asks(case):
     assert not excess, "\n" + "\n".join(excess)
 
 
+@pytest.mark.parametrize("num_vision", [0, 256])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_padding_leaves_two_programs_on_a_multiprocessor(head_dim, num_vision):
+    """What tokens see takes registers: with the tiles of whole rows only one lse program fitted."""
+    heads = (*HEADS[head_dim], head_dim)
+    call = record(Pair(2, 512, heads, heads, num_vision), padded=True)
+    alone = {
+        f"{launch.name}: {one.registers} registers"
+        for launch in call.launches
+        if (one := compile_launch(launch, 90)).resident < 2
+    }
+    assert not alone
+
+
 def test_a_pass_can_be_written_as_json():
     launch, one = binaries(CASES[0])[0]
     row = json.loads(json.dumps(Pass(launch.name, "tile", one, [launch.grid]).to_json()))
