@@ -137,6 +137,35 @@ def test_packed_query_heads(pack, group, monkeypatch):
     assert_triton_matches(case)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="test_triton_gpu.py has bfloat16 itself")
+@pytest.mark.parametrize(("head_dim", "padding"), [(64, "left"), (80, None), (128, "right")])
+def test_tiles_and_w_of_bfloat16_models(head_dim, padding, monkeypatch):
+    """The interpreter multiplies no bfloat16; float32 models take all else of such models here.
+
+    W is rounded, by up to 2^-9 of each cell; gradients are sums of W - delta, which is smaller.
+    """
+    from drivekd.ops.triton_backend import attention_map as backend
+
+    case = make_case(
+        num_samples=1, num_tokens=150, dtype=torch.float32, student=Heads(3, 1, head_dim),
+        teacher=Heads(2, 1, head_dim), padding=padding,
+    ).but(backend="triton")  # fmt: skip
+    exact = run(case, 1.7, DEVICE)
+    tiles, w = launch.tiles, backend._Workspace.w
+    monkeypatch.setattr(
+        launch, "tiles", lambda kernel, arch, dtype, *dims, **variant: tiles(
+            kernel, arch, "bfloat16", *dims, **variant
+        ),
+    )  # fmt: skip
+    like = torch.empty(0, dtype=torch.bfloat16)
+    monkeypatch.setattr(backend._Workspace, "w", lambda self, chunk, _: w(self, chunk, like))
+    rounded = run(case, 1.7, DEVICE)
+    assert torch.allclose(exact[0], rounded[0], rtol=1e-5, atol=0)
+    for got, want in zip(rounded[1:], exact[1:], strict=True):
+        error = (got - want).norm() / want.norm()
+        assert 1e-5 < error < 2**-7, error
+
+
 @pytest.mark.parametrize("single", [True, False])
 @everything
 def test_dq_in_one_pass_and_in_two(loss, region, single, monkeypatch):
