@@ -135,6 +135,18 @@ def trains_beside_shards(model: nn.Module) -> bool:
     return any(own.requires_grad and not isinstance(own, DTensor) for own in model.parameters())
 
 
+def step_apart(optimizer: Any) -> None:
+    """Let an optimizer of torch update shards and whole parameters one by one.
+
+    Its fused and foreach kernels take lists of one kind only.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for group in inner.param_groups:
+        group.update({name: False for name in ("fused", "foreach") if name in group})
+    if getattr(inner, "_step_supports_amp_scaling", False):
+        inner._step_supports_amp_scaling = False  # of the fused kernel
+
+
 def replicate_vision(plugin: Any, model: nn.Module) -> None:
     """Keep everything but the text decoder and its head whole on every process.
 

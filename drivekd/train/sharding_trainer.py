@@ -44,7 +44,13 @@ class ShardingTrainer(transformers.Trainer):  # type: ignore[misc]
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if self.accelerator.is_fsdp2:
             sharding.name_layers(self.accelerator.state.fsdp_plugin, self.model)
-        return super()._prepare_for_training(*args, **kwargs)
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self._step_apart()
+        return prepared
+
+    def _step_apart(self) -> None:
+        if self.accelerator.is_fsdp2 and sharding.trains_beside_shards(self.model):
+            sharding.step_apart(self.optimizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's own, which under FSDP2 writes the whole student, tied weights once."""
@@ -103,5 +109,6 @@ class ShardingTrainer(transformers.Trainer):  # type: ignore[misc]
             return
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         sharding.load_optimizer(self.optimizer, state)
+        self._step_apart()  # the state says how another launcher's optimizer stepped
         scheduler = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
