@@ -151,6 +151,7 @@ def _save_student(trainer: DistillTrainer, recipe: Recipe) -> Path:
         if trainer.args.should_save:
             _copy_image_settings(Path(recipe.student), staged)
             checkpoints.publish(staged, folder)
+        trainer.accelerator.wait_for_everyone()  # a launcher ends all when the first one fails
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(staged, ignore_errors=True)
         raise CheckpointError(what_to_do(error, run, folder)) from error
