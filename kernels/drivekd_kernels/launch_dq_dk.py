@@ -117,11 +117,15 @@ def dk_planes(heads: Heads, tokens: Tokens, chunk: Chunk, *, log: bool) -> int:
     return max(2, min(wanted, affordable, MAX_PLANES, 1 + ceil_div(chunk.count, tile.q)))
 
 
-def key_spans(heads: Heads, tokens: Tokens, *, log: bool) -> Tensor:
-    """Slots that see each of dk's tiles of keys: (4, B, tiles) int32."""
-    _, tile = _gradient_meta("dk", heads, tokens, log=log)
+def dk_width(heads: Heads, tokens: Tokens, *, log: bool) -> int:
+    """Keys of a tile of dk."""
+    return _gradient_meta("dk", heads, tokens, log=log)[1].k
+
+
+def key_spans(tokens: Tokens, width: int) -> Tensor:
+    """Slots that see each tile of so many keys: (4, B, tiles) int32."""
     B, N = tokens.batch_size, tokens.num_tokens
-    spans = tokens.first.new_empty((4, B, ceil_div(N, tile.k)))
+    spans = tokens.first.new_empty((4, B, ceil_div(N, width)))
     with on_device(spans):
         attention_dk.spans_kernel[(spans.shape[2], B)](
             tokens.row_first,
@@ -130,7 +134,7 @@ def key_spans(heads: Heads, tokens: Tokens, *, log: bool) -> Tensor:
             tokens.tags,
             spans,
             N,
-            BLOCK_K=tile.k,
+            BLOCK_K=width,
             num_warps=4,
         )
     return spans
@@ -148,7 +152,8 @@ def dk(
 ) -> None:
     """Add a chunk's gradient in k to planes (planes, B, H_kv, N, D) float32, contiguous.
 
-    pairs: log-sum-exp and delta (B, H, count, 2), from `dq` or `delta`. spans: from `key_spans`.
+    pairs: log-sum-exp and delta (B, H, count, 2), from `dq` or `delta`. spans: from `key_spans`, of
+    tiles of `dk_width` keys.
     """
     meta, tile = _gradient_meta("dk", heads, tokens, log=logs is not None)
     # A tile of keys must not be shared by more programs than there are planes.

@@ -55,8 +55,9 @@ def attention_map_loss(
         (each.index, each.window): _heads(inputs.teacher[each.index], tokens[each.window])
         for each in plan.maps
     }
+    spans: dict[tuple[int | None, int], Tensor] = {}  # of layers with one window and tile
     students = [
-        _Student(inputs, i, plan, _heads(layer, tokens[window]), tokens[window])
+        _Student(inputs, i, plan, _heads(layer, tokens[window]), tokens[window], spans)
         for i, (layer, window) in enumerate(zip(inputs.student, inputs.windows, strict=True))
     ]
     work = _Workspace(inputs, plan)
@@ -130,6 +131,7 @@ class _Student:
         plan: Plan,
         heads: launch.Heads,
         tokens: launch.Tokens,
+        spans: dict[tuple[int | None, int], Tensor],
     ) -> None:
         self.tokens = tokens
         self._heads = heads
@@ -154,7 +156,10 @@ class _Student:
                 launch_dq_dk.dk_planes(heads, tokens, chunk, log=plan.in_logs)
                 for chunk in plan.chunks
             )
-            self._spans = launch_dq_dk.key_spans(heads, tokens, log=plan.in_logs)
+            shared = inputs.windows[index], launch_dq_dk.dk_width(heads, tokens, log=plan.in_logs)
+            if shared not in spans:
+                spans[shared] = launch_dq_dk.key_spans(tokens, shared[1])
+            self._spans = spans[shared]
             self._planes = torch.zeros(
                 (planes, *self._key.shape), dtype=torch.float32, device=self._key.device
             )
