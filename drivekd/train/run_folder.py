@@ -61,6 +61,8 @@ def recipe_tree(recipe: Recipe) -> dict[str, Any]:
         key: value if value is None else _absolute(value)
         for key, value in dataclasses.asdict(recipe.data).items()
     }
+    if recipe.cache is not None:
+        tree["cache"]["path"] = _absolute(recipe.cache.path)
     tree["training"]["output_dir"] = os.path.abspath(recipe.training["output_dir"])
     return tree
 

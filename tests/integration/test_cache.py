@@ -18,6 +18,7 @@ from drivekd.train import (
     cache_targets,
     distill,
     load_model,
+    load_recipe,
     plan_cache,
 )
 from drivekd.train.cache import fill, store
@@ -227,6 +228,13 @@ def test_cache_of_nothing_is_refused_at_once(write, tmp_path):
 def test_settings_that_a_cache_was_not_filled_with_are_named(ready):
     with pytest.raises(CacheError, match=r"signal 'fold'.*cache\.dtype=float16, cache\.top_k=7\)"):
         distill(ready("cache.top_k=7"))
+
+
+def test_recipe_that_a_run_remembers_finds_the_cache_from_anywhere(ready, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    distill(ready("cache.path=targets", "training.max_steps=1"))
+    monkeypatch.chdir("/")
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").cache.path == str(tmp_path / "targets")
 
 
 # What survives
