@@ -10,12 +10,22 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import measured
 from drivekd.demo.settings import FULL_ARMS
 from drivekd.study.report import load_study
-from drivekd.study.tables import accuracy_table, compute_table, difference_table, to_markdown
+from drivekd.study.schema import Study
+from drivekd.study.statistics import macro
+from drivekd.study.tables import (
+    Table,
+    accuracy_table,
+    by_capability,
+    compute_table,
+    difference_table,
+    to_markdown,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
@@ -31,17 +41,42 @@ def demo_section() -> str:
     missing = [f"{arm.label} (`{arm.name}`)" for arm in FULL_ARMS if arm.name not in run]
     if missing:
         made += f" (not run yet: {', '.join(missing)})"
+    accuracy = accuracy_table(study)
+    shown = replace(
+        accuracy,
+        rows=tuple(row for row in accuracy.rows if row.group != "blank"),
+        notes=(*(note for note in accuracy.notes if not note.startswith("Blank")), _blank(study)),
+    )
     parts = [
         f"Made by {made}; the whole report with curves, conflicts and attention overlays is "
         f"[{DEMO}/report.md]({DEMO}/report.md).",
+        to_markdown(shown),
+        f"![accuracy over training steps, by capability]({DEMO}/learning_steps.png)",
+        *(_folded(table) for table in (difference_table(study), compute_table(study))),
+        "What to know before believing it:",
         *(f"- {note}" for note in study.notes),
-        *(
-            to_markdown(table)
-            for table in (accuracy_table(study), difference_table(study), compute_table(study))
-        ),
     ]
     page = "\n\n".join(parts).replace("\n\n- ", "\n- ")
     return re.sub(r"^## ", "### ", page, flags=re.MULTILINE)
+
+
+def _blank(study: Study) -> str:
+    """What is left of the accuracy when the picture is blanked."""
+    means = [
+        macro(by_capability(study, each.blank))
+        for each in (*study.teachers, *study.runs)
+        if each.blank
+    ]
+    return (
+        f"With every picture blanked the same models answer {100 * min(means):.0f} to "
+        f"{100 * max(means):.0f} % correctly: what is above, they read from the picture."
+    )
+
+
+def _folded(table: Table) -> str:
+    """A table that opens at a click."""
+    title, _, rest = to_markdown(table).partition("\n")
+    return f"<details><summary>{title.lstrip('# ')}</summary>\n{rest}\n</details>"
 
 
 def gpu_section() -> str:
