@@ -13,13 +13,15 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 Array = npt.NDArray[np.float64]
 
 INK, QUIET, HAIR = "#222222", "#6b6b6b", "#dddddd"
-COLOURS = ("#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))  # the palette's second and third time round
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))  # by times round
+LEVEL = {"color": QUIET, "linewidth": 1.1, "linestyle": (0, (4, 2))}  # a horizontal line
 WIDTH = 5.2  # inches
 DOTS_PER_INCH = 160
 STYLE = {
@@ -57,6 +59,9 @@ class Line:
     seeds: tuple[tuple[Array, Array], ...] = ()
 
 
+Panel = tuple[Sequence[Line], Mapping[str, float]]  # lines, and levels by name
+
+
 def save_png(figure: Figure) -> bytes:
     """The figure as PNG, the same bytes for the same figure."""
     buffer = io.BytesIO()
@@ -73,17 +78,28 @@ def figure_of(rows: int, heights: Sequence[float], *, width: float = WIDTH) -> I
         yield figure, list(axes)
 
 
+class _PlainLocator(LogLocator):
+    """Ticks at 1, 2 and 5 times powers of ten; over many decades at the powers alone."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        self.set_params(subs=(1.0, 2.0, 5.0) if vmax < 50 * vmin else (1.0,))
+        return super().tick_values(vmin, vmax)
+
+
 def use_log_scale(axis: Any) -> None:
-    """A logarithmic vertical axis with plain numbers at 1, 2 and 5."""
+    """A logarithmic vertical axis with plain numbers."""
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_locator(_PlainLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def cycle(number: int) -> tuple[str, Any]:
-    """Colour and dash pattern of the n-th line."""
-    return COLOURS[number % len(COLOURS)], DASHES[(number // len(COLOURS)) % len(DASHES)]
+    """Colour and dash pattern of the n-th line; ink is the first line's alone."""
+    if number == 0:
+        return INK, DASHES[0]
+    times, which = divmod(number - 1, len(COLOURS))
+    return COLOURS[which], DASHES[times % len(DASHES)]
 
 
 def mean_line(
@@ -119,13 +135,44 @@ def _trailing(values: Sequence[float], window: int) -> Array:
 
 def draw_lines(axis: Any, lines: Sequence[Line], levels: Mapping[str, float]) -> None:
     """Lines over their seeds, dashed levels, and all their names at the right edge."""
+    _label_ends(axis, _draw(axis, lines, levels))
+
+
+def draw_panels(axes: Sequence[Any], panels: Sequence[Panel], *, log: bool = False) -> None:
+    """Lines and levels of each panel, named at the right edges or, if too many, in one legend.
+
+    With `log`, panels of which all values are positive have a logarithmic vertical axis.
+    """
+    ends = []
+    for axis, (lines, levels) in zip(axes, panels, strict=True):
+        if log and all((line.y[np.isfinite(line.y)] > 0).all() for line in lines):
+            use_log_scale(axis)
+        ends.append(_draw(axis, lines, levels))
+    if all(sum(_label_sizes(axis, each)[1]) <= 1 for axis, each in zip(axes, ends, strict=True)):
+        for axis, each in zip(axes, ends, strict=True):
+            _label_ends(axis, each)
+        return
+    names: dict[str, dict[str, Any]] = {}
+    for lines, levels in panels:
+        names |= {line.label: {"color": line.colour, "linestyle": line.dash} for line in lines}
+        names |= dict.fromkeys(levels, LEVEL)
+    axes[0].figure.legend(
+        handles=[Line2D([], [], label=name, **style) for name, style in names.items()],
+        loc="outside upper left", ncols=2, frameon=False, fontsize=8, handlelength=3.2,
+    )  # fmt: skip
+
+
+def _draw(
+    axis: Any, lines: Sequence[Line], levels: Mapping[str, float]
+) -> list[tuple[str, str, float, float]]:
+    """The lines and levels; where they end: label, colour, x, y."""
     for line in lines:
         for x, y in line.seeds:
             axis.plot(x, y, color=line.colour, linewidth=0.6, alpha=0.35)
         single = "o" if len(line.x) == 1 else None
         axis.plot(line.x, line.y, color=line.colour, linestyle=line.dash, marker=single)
     for value in levels.values():
-        axis.axhline(value, color=QUIET, linewidth=1.1, linestyle=(0, (4, 2)))
+        axis.axhline(value, **LEVEL)
     axis.margins(x=0)
     ends = []
     for line in lines:
@@ -134,18 +181,23 @@ def draw_lines(axis: Any, lines: Sequence[Line], levels: Mapping[str, float]) ->
             last = finite[-1]
             ends.append((line.label, line.colour, float(line.x[last]), float(line.y[last])))
     right = axis.get_xlim()[1]
-    ends += [(name, QUIET, right, value) for name, value in levels.items()]
-    _label_ends(axis, ends)
+    return ends + [(name, QUIET, right, value) for name, value in levels.items()]
+
+
+def _label_sizes(
+    axis: Any, ends: Sequence[tuple[str, str, float, float]]
+) -> tuple[list[str], list[float]]:
+    """Labels in lines that fit beside the axes, and their heights in units of the axes'."""
+    height = axis.figure.get_size_inches()[1] / len(axis.figure.axes) - 0.6
+    wrapped = [textwrap.fill(label, 20) for label, *_ in ends]
+    return wrapped, [0.135 / height * (text.count("\n") + 1.25) for text in wrapped]
 
 
 def _label_ends(axis: Any, ends: Sequence[tuple[str, str, float, float]]) -> None:
     """Write (label, colour, x, y) beside the axes, apart from each other, with leader lines."""
     axis.autoscale_view()
     to_axes = axis.transData + axis.transAxes.inverted()
-    height = axis.figure.get_size_inches()[1] / len(axis.figure.axes) - 0.6
-    line_height = 0.135 / height
-    wrapped = [textwrap.fill(label, 20) for label, *_ in ends]
-    sizes = [line_height * (text.count("\n") + 1.25) for text in wrapped]
+    wrapped, sizes = _label_sizes(axis, ends)
     wanted = [float(to_axes.transform((x, y))[1]) for _, _, x, y in ends]
     outside = {"transform": axis.transAxes, "clip_on": False}
     for i, centre in _spread(wanted, sizes):

@@ -106,7 +106,15 @@ def _check(overlay: Overlay, where: str) -> None:
 def _draw_frame(axis: Any, overlay: Overlay) -> None:
     """The frame itself, with the row's title over it."""
     axis.imshow(overlay.image, interpolation="nearest")
-    axis.set_title(overlay.title, fontweight="normal", wrap=True)
+    axis.set_title(" ")  # keeps the row's pictures at one height
+    axis.annotate(
+        overlay.title,
+        (0, 1),
+        (0, 5),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        annotation_clip=False,
+    ).set_in_layout(False)  # as wide as the figure, not as the frame
     _bare(axis)
 
 

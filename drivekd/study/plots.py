@@ -19,8 +19,10 @@ from drivekd.study.lines import (
     QUIET,
     Array,
     Line,
+    Panel,
     cycle,
     draw_lines,
+    draw_panels,
     figure_of,
     mean_line,
     save_png,
@@ -150,6 +152,7 @@ def _learning_curves(study: Study, *, against: str) -> Plot:
     """Validation accuracy per capability against steps or processor time."""
     by_time = against == "CPU seconds"
     with figure_of(len(study.capabilities), [2.3] * len(study.capabilities)) as (figure, axes):
+        panels = []
         for i, (axis, capability) in enumerate(zip(axes, study.capabilities, strict=True)):
             axis.set_title(capability)
 
@@ -163,8 +166,9 @@ def _learning_curves(study: Study, *, against: str) -> Plot:
             levels = {
                 b.name: 100 * by_capability(study, b.accuracy)[i].accuracy for b in study.baselines
             }
-            draw_lines(axis, lines, levels)
+            panels.append((lines, levels))
             axis.set_ylabel("accuracy, %")
+        draw_panels(axes, panels)
         axes[-1].set_xlabel("CPU seconds of training" if by_time else "optimiser steps")
         png = save_png(figure)
     return Plot(
@@ -181,6 +185,7 @@ def _loss_curves(study: Study) -> Plot:
     """Training losses, one panel a loss."""
     names = dict.fromkeys(n for r in study.runs for p in r.loss_curve for n in p.values)
     with figure_of(len(names), [1.9] * len(names)) as (figure, axes):
+        panels: list[Panel] = []
         for axis, name in zip(axes, names, strict=True):
             axis.set_title(name)
 
@@ -189,11 +194,9 @@ def _loss_curves(study: Study) -> Plot:
                     if name in p.values:
                         yield p.step, np.array([p.step, p.values[name]])
 
-            lines = _arm_lines(study, points, smooth=20)
-            if all((line.y[np.isfinite(line.y)] > 0).all() for line in lines):
-                use_log_scale(axis)
-            draw_lines(axis, lines, {})
+            panels.append((_arm_lines(study, points, smooth=20), {}))
             axis.set_ylabel("loss, unweighted")
+        draw_panels(axes, panels, log=True)
         axes[-1].set_xlabel("optimiser steps")
         png = save_png(figure)
     return Plot(

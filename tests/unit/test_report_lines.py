@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from drivekd.study.lines import _spread, _trailing, cycle, draw_lines, mean_line
+from drivekd.study.lines import (
+    _spread,
+    _trailing,
+    cycle,
+    draw_lines,
+    draw_panels,
+    figure_of,
+    mean_line,
+    use_log_scale,
+)
 from drivekd.study.plots import make_plots
 from drivekd.study.schema import LossPoint, ProjectionPoint, Signal
 from tests.helpers.studies import make_study
@@ -67,6 +76,32 @@ def test_a_line_of_nan_is_drawn_without_a_label():
     axis = Figure().subplots()
     draw_lines(axis, [mean_line("gone", "red", "-", [points([(0, np.nan)])])], {})
     assert not axis.texts
+
+
+@pytest.mark.parametrize(("count", "in_a_legend"), [(3, False), (11, True)])
+def test_names_stand_at_the_ends_of_lines_or_in_one_legend_if_they_do_not_fit(count, in_a_legend):
+    names = [f"three teachers, way {i}" for i in range(count)]
+    lines = [
+        mean_line(name, *cycle(i), [points([(0, 1), (1, i + 1)])]) for i, name in enumerate(names)
+    ]
+    with figure_of(2, [2.3, 2.3]) as (figure, axes):
+        draw_panels(axes, [(lines, {"majority": 2.0}), (lines[:2], {})], log=True)
+        assert axes[0].get_yscale() == "log"
+        legends = [[text.get_text() for text in each.texts] for each in figure.legends]
+        assert legends == ([[*names, "majority"]] if in_a_legend else [])
+        assert len(axes[0].texts) == (0 if in_a_legend else count + 1)
+        assert len(axes[1].texts) == (0 if in_a_legend else 2)
+
+
+@pytest.mark.parametrize(("values", "ticks"), [((1, 12), [1, 2, 5, 10]), ((1e-6, 1), [1e-4, 1e-2])])
+def test_a_logarithmic_axis_over_many_decades_has_few_numbers(values, ticks):
+    with figure_of(1, [1.9]) as (figure, (axis,)):
+        axis.plot([0, 1], values)
+        use_log_scale(axis)
+        figure.canvas.draw()
+        shown = {float(f"{tick:g}") for tick in axis.get_yticks()}
+    assert set(ticks) <= shown
+    assert len(shown) <= 9
 
 
 def test_the_reference_arm_is_ink_whatever_its_place():
