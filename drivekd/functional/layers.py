@@ -90,8 +90,7 @@ def check_layout(region: str, layout: TokenLayout | None) -> None:
 def autocast(tensor: Tensor) -> Tensor:
     """Cast as scaled_dot_product_attention does under autocast: all but float64."""
     kind = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
-        return tensor
-    if not torch.is_autocast_enabled(kind):
+    # Not torch.amp.is_autocast_available, which torch 2.11 cannot compile.
+    if tensor.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensor
     return tensor.to(torch.get_autocast_dtype(kind))

@@ -371,7 +371,9 @@ def _peak(work: Callable[[], Any], place: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(place) - before)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would trace its own calls on stderr
     with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        activities=[torch.profiler.ProfilerActivity.CPU],
+        profile_memory=True,
+        acc_events=True,  # else torch 2.11 warns that there is only one cycle
     ) as profile:
         work()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
