@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import measured
+from benchmarks import measured, measured_tables
 from drivekd.demo.settings import FULL_ARMS
 from drivekd.study.report import load_study
 from drivekd.study.tables import accuracy_table, compute_table, difference_table, to_markdown
@@ -46,7 +46,7 @@ def demo_section() -> str:
 
 def gpu_section() -> str:
     """What was measured on GPUs, or that nothing was yet."""
-    return measured.section(ROOT / RESULTS, where=str(RESULTS))
+    return measured_tables.section(ROOT / RESULTS, where=str(RESULTS))
 
 
 SECTIONS = {"demo": demo_section, "gpu": gpu_section}
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.check:
         for each in measured.machines(ROOT / RESULTS):
-            measured.plot(each, ROOT / RESULTS / each.name / "speed.png")
+            measured_tables.plot(each, ROOT / RESULTS / each.name / "speed.png")
     readme = ROOT / "README.md"
     old = readme.read_text(encoding="utf-8")
     new = fill(old)
