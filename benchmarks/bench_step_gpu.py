@@ -27,16 +27,15 @@ pytestmark = [
 DTYPE = torch.float32 if DRY else torch.bfloat16
 WAYS = ("drivekd", "plain", "public", "plain-ce")
 LARGE, SMALL = GPU_STEPS
-SHARE = (
-    0.3  # of cross-entropy's gradient norm, for each capability: all of them count in the update
-)
+SHARE = 0.3  # of cross-entropy's gradient norm, for each capability: all count in the update
 SECONDS = 4.0  # of rounds of one measurement
 
 # Of drivekd against the public procedure, on the same models and sample: relative errors of losses
-# at most, cosines of gradients and updates at least. Two models in bfloat16 whose attention is
-# computed in another order; the public maps, their differences and squares are bfloat16 as well.
-LOSS_ERROR = {torch.bfloat16: 3e-2, torch.float32: 1e-5}
-COSINE = {torch.bfloat16: 0.95, torch.float32: 1 - 1e-6}
+# at most, cosines of gradients and updates at least. In bfloat16 the two compute attention in
+# another order, and the public maps, their differences and squares are bfloat16 as well: decoders
+# as deep as these, over 256 tokens on a CPU, came to 4e-3 and 0.995.
+LOSS_ERROR = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
+COSINE = {torch.bfloat16: 0.97, torch.float32: 1 - 1e-6}
 _too_large: set[str] = set()
 
 

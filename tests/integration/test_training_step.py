@@ -5,14 +5,30 @@ import collections
 import pytest
 import torch
 
-from benchmarks.shapes import TOY_STEP
-from benchmarks.training_step import CAPABILITIES, TASKS, TrainingStep
+from benchmarks.shapes import GPU_STEPS, MODEL_GRADIENTS, TOY_STEP
+from benchmarks.training_step import CAPABILITIES, TASKS, TrainingStep, internvl
 from drivekd.losses import AttentionMapLoss
 
 
 @pytest.fixture
 def step():
     return TrainingStep(TOY_STEP, device="cpu", dtype=torch.float32)
+
+
+def test_the_models_are_as_large_as_those_they_are_named_after():
+    shape = GPU_STEPS["step-6-views"]
+    sizes = {}
+    for name, decoder in (("student", shape.student), ("teacher", shape.teacher)):
+        model = internvl(
+            decoder, shape.tower, image_token=9, device="meta", dtype=torch.bfloat16, seed=0
+        )
+        head = 0 if decoder.tied else model.lm_head.weight.numel()
+        sizes[name] = head + sum(each.numel() for each in model.model.language_model.parameters())
+        tower = sum(each.numel() for each in model.model.vision_tower.parameters())
+        assert tower == pytest.approx(304e6, rel=0.01)  # InternViT-300M-448px
+    assert sizes["student"] == MODEL_GRADIENTS.elements
+    assert sizes["teacher"] == 7_615_616_512  # Qwen2.5-7B
+    assert shape.num_tokens == 2048
 
 
 def parameters_of(grads):
