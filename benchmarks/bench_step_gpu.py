@@ -91,7 +91,10 @@ def bench_step(benchmark, shape, way):
         except torch.OutOfMemoryError:  # it holds two ways' gradients; the step may still fit
             step.clear()
     beside = None if way == "drivekd" else timed(step, "drivekd")
-    measure(benchmark, timed(step, way), beside=beside, seconds=SECONDS, **facts)
+    measure(
+        benchmark, timed(step, way), beside=beside, seconds=SECONDS,
+        then=lambda: {"phases_ms": step.phases(way)}, **facts,
+    )  # fmt: skip
     if benchmark.extra_info["outcome"] != "measured":
         step.clear()
         _too_large.add(shape)

@@ -38,6 +38,7 @@ def measure(
     graph: bool = False,
     queued: bool = False,
     seconds: float = SECONDS,
+    then: Callable[[], dict[str, Any]] | None = None,
     **facts: Any,
 ) -> None:
     """Time a call and note it in `benchmark.extra_info`, also if the GPU's memory is too small.
@@ -52,6 +53,7 @@ def measure(
         queued: whether to leave out the host's part, as when other work keeps the GPU busy;
             `host_ms` is that part.
         seconds: for all rounds, as far as the least number of rounds allows.
+        then: called after the rounds; gives more facts.
         facts: noted as they are.
     """
     info: dict[str, Any] = {"dry": DRY, **facts}
@@ -64,6 +66,7 @@ def measure(
             if beside is not None:
                 beside, _ = _graph_or_reason(beside)
         info |= _rounds(call, beside, queued=queued, seconds=seconds)
+        info |= then() if then else {}
     except torch.OutOfMemoryError as error:
         note_out_of_memory(benchmark, str(error).split(". ")[0], **facts)
     else:

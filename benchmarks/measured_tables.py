@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks.measured import (
     BASELINES,
+    GRADIENTS,
     NOT_MEASURED,
     TARGETS,
     TRAINING_TARGETS,
@@ -53,6 +54,8 @@ def _machine_section(measured: Measurements, where: str) -> str:
     )
     if any(shape in GPU_STEPS for shape, *_ in measured.records):
         parts += [f"Training steps:\n\n{_steps_table(measured)}", STEPS_NOTE]
+    if any(shape == GRADIENTS for shape, *_ in measured.records):
+        parts.append(f"Projection of 4 gradients of 494 M parameters:\n\n{_agp_table(measured)}")
     if (Path(__file__).parent / "results" / measured.name / "speed.png").exists():
         parts.append(f"![time and memory by number of tokens]({where}/{measured.name}/speed.png)")
     return "\n\n".join(parts)
@@ -127,14 +130,15 @@ STEPS_NOTE = (
     "forward and cross-entropy, the teachers as far as they are needed, and a backward pass for "
     "each task from as deep as it reaches, nothing else; `plain-ce`: each from the cross-entropy. "
     "`public`: eager attention, all maps, projection list by list. Memory is the peak beyond "
-    "weights and inputs. The ratio is to drivekd's time in the same rounds. Errors are relative, "
-    "of the four losses and of the update, between drivekd and the public procedure."
+    "weights and inputs. The ratio is to drivekd's time in the same rounds; parts are of one more "
+    "step that waits between them. Relative errors of the four losses and the cosine of the two "
+    "updates are between drivekd and the public procedure."
 )
 
 
 def _steps_table(measured: Measurements) -> str:
     ways = ("drivekd", "plain", "plain-ce", "public")
-    head = ["sample", "way", "ms", "peak GiB", "ratio", "loss errors", "cosine of updates"]
+    head = ["sample", "way", "ms", "peak GiB", "ratio", "parts, ms", "loss errors", "cosine"]
     rows = []
     for shape in GPU_STEPS:
         for way in ways:
@@ -144,12 +148,26 @@ def _steps_table(measured: Measurements) -> str:
     return _table(head, rows)
 
 
+def _agp_table(measured: Measurements) -> str:
+    """Buffers are of the size of one task's gradients, those and the update among them."""
+    rows = []
+    for way in ("gram", "combination", "projection", "public"):
+        record = measured.get(GRADIENTS, way, "")
+        if record is not None and record.measured:
+            moved = record.facts.get("moved_bytes")
+            share = f"{100 / record.times_of_beside:.0f} %" if moved else ""
+            whole = _number(record.buffers) if way in ("projection", "public") else ""
+            rows.append([way, _milliseconds(record), share, whole])
+    return _table(["way", "ms", "of copy bandwidth", "buffers alive"], rows)
+
+
 def _step_cells(record: Record) -> list[str]:
-    facts, cells = record.facts, ["out of memory", "-", "-"]
+    facts, cells = record.facts, ["out of memory", *["-"] * 3]
     if record.measured:
         ratio = f"{_number(record.times_of_beside)}x" if "beside_ms" in facts else "1x"
         peak = _number(facts["extra_peak_bytes"] / 2**30)
-        cells = [_milliseconds(record), peak, ratio]
+        parts = ", ".join(f"{name} {_number(ms)}" for name, ms in facts["phases_ms"].items())
+        cells = [_milliseconds(record), peak, ratio, parts]
     if "apart" not in facts:
         return [*cells, "", ""]
     mark = " **too far**" if facts["apart"] else ""

@@ -20,6 +20,7 @@ update in `.grad`.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -154,16 +155,19 @@ class TrainingStep:
             ):
                 self.teacher(**self.batch)
             targets[name] = each
+        self._mark("teachers")
         with capture_attention(self.student, self.losses["reasoning"].student_layers) as own:
-            ce = self.student(**self.batch, labels=self.labels).loss
-        return {
-            CE: ce,
-            **{name: loss(own, targets[name], self.tokens) for name, loss in self.losses.items()},
-        }
+            losses = {CE: self.student(**self.batch, labels=self.labels).loss}
+        self._mark("student")
+        for name, loss in self.losses.items():
+            losses[name] = loss(own, targets[name], self.tokens)
+        self._mark("losses")
+        return losses
 
     def drivekd(self) -> list[Tensor]:
         losses = self.drivekd_losses()
         self.projector.backward(losses, weights=self.weights)
+        self._mark("gradients and projection")
         return [loss.detach() for loss in losses.values()]
 
     # ---- the public procedure
@@ -172,22 +176,23 @@ class TrainingStep:
         """All four, with graph; at most the maps of two teachers are alive, as there."""
         self._use("eager")
         student = self.student(**self.batch, labels=self.labels, output_attentions=True)
+        self._mark("student")
         losses = {CE: student.loss}
         for name, loss in PUBLIC_LOSSES.items():
             with torch.no_grad():
                 teacher = self.teacher(**self.batch, output_attentions=True)
             losses[name] = loss(student.attentions, teacher.attentions, self.is_image)
+        self._mark("teachers and losses")
         return losses
 
     def public(self, order: Sequence[int] | None = None) -> list[Tensor]:
         losses = self.public_losses()
-        update = public_projection(
-            list(self.public_gradients(losses).values()),
-            [self.weights[name] for name in losses],
-            order=order,
-        )
+        grads = list(self.public_gradients(losses).values())
+        self._mark("gradients")
+        update = public_projection(grads, [self.weights[name] for name in losses], order=order)
         for parameter, grad in zip(self.parameters, update, strict=True):
             parameter.grad = grad
+        self._mark("projection")
         return [loss.detach() for loss in losses.values()]
 
     def public_gradients(self, losses: Mapping[str, Tensor]) -> dict[str, Gradients]:
@@ -205,18 +210,22 @@ class TrainingStep:
     def plain(self) -> list[Tensor]:
         self._plain_teachers()
         student = self.student(**self.batch, labels=self.labels, output_hidden_states=True)
+        self._mark("student")
         for loss in self.losses.values():
             hidden = student.hidden_states[loss.student_layers[-1]]
             self._differentiate(hidden, torch.ones_like(hidden))
         student.loss.backward()
+        self._mark("gradients")
         return [student.loss.detach()]
 
     def plain_ce(self) -> list[Tensor]:
         self._plain_teachers()
         loss = self.student(**self.batch, labels=self.labels).loss
+        self._mark("student")
         for _ in self.losses:
             self._differentiate(loss, None)
         loss.backward()
+        self._mark("gradients")
         return [loss.detach()]
 
     def _differentiate(self, output: Tensor, seed: Tensor | None) -> None:
@@ -231,6 +240,35 @@ class TrainingStep:
             with contextlib.suppress(_CutError), torch.no_grad():
                 self.teacher(**self.batch)
             cut.remove()
+        self._mark("teachers")
+
+    # ---- where the time goes
+
+    def phases(self, way: str) -> dict[str, float]:
+        """Milliseconds of the parts of one step; the device is waited for between them."""
+        found: dict[str, float] = {}
+        begin = self._now()
+
+        def mark(name: str) -> None:
+            nonlocal begin
+            end = self._now()
+            found[name], begin = 1e3 * (end - begin), end
+
+        self._mark = mark
+        try:
+            self.ways[way]()
+        finally:
+            del self._mark
+        self.clear()
+        return found
+
+    def _mark(self, name: str) -> None:
+        """The end of a part; nobody asks."""
+
+    def _now(self) -> float:
+        if self.is_image.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def _use(self, attention: str) -> None:
         for model in (self.student, self.teacher):

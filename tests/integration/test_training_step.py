@@ -1,6 +1,7 @@
 """The training step that benchmarks time: every way does what it says, on toy models in float32."""
 
 import collections
+import time
 
 import pytest
 import torch
@@ -105,6 +106,20 @@ def test_the_plain_step_goes_as_deep_as_the_tasks_and_no_deeper(step, monkeypatc
             own in each and ("q_proj" in each or "k_proj" in each or "input_layernorm" in each)
             for each in left
         )
+
+
+@pytest.mark.parametrize("way", ["drivekd", "plain", "plain-ce", "public"])
+def test_the_parts_of_a_step_are_all_of_it(step, way):
+    step.ways[way]()
+    step.clear()
+    begin = time.perf_counter()
+    parts = step.phases(way)
+    passed = 1e3 * (time.perf_counter() - begin)
+    assert {"student"} < set(parts) and all(part > 0 for part in parts.values())
+    assert sum(parts.values()) == pytest.approx(passed, rel=0.3)
+    before = dict(parts)
+    step.ways[way]()
+    assert parts == before  # nobody asks any more
 
 
 def test_teachers_run_as_far_in_the_plain_step_as_in_drivekds(step):

@@ -300,6 +300,8 @@ def pretend(dry, folder, change=lambda facts: facts):
     for each in step["benchmarks"]:
         facts = as_on_a_gpu(each["extra_info"])
         facts["extra_peak_bytes"] = 2**30 * (40 if facts["way"] == "public" else 10)
+        assert "student" in facts["phases_ms"]
+        facts["phases_ms"] = {"student": 7.0, "projection": 9.0}
         each["extra_info"] = change(facts)
     (folder / "step.json").write_text(json.dumps(step))
 
@@ -334,6 +336,9 @@ def test_targets_are_judged(dry, tmp_path):
     assert "5 met" in lines(page, "buffers of AGP")[0]
     assert "0 met" in lines(page, "host syncs of AGP")[0]
     assert "1.05x met" in lines(page, "time of the plain step")[0]
+    assert lines(page, "gram |")[0].endswith("| 90 % |  |")
+    assert lines(page, "projection |")[0] == "| projection | 4.4 (2.2-4.4) | 91 % | 5 |"
+    assert lines(page, "public |")[0] == "| public | 240 (120-240) |  | 12 |"
     floor = 34.44 * 65536 * 65537 / 2 * 1e-9
     assert f"{4 / floor:.3g}x met" in lines(page, "time of its floor")[0]
 
@@ -365,10 +370,10 @@ def test_steps_are_told_with_their_memory_and_how_far_apart_they_are(dry, tmp_pa
     }
     assert set(rows) == {(shape, way) for shape in GPU_STEPS for way in STEP_WAYS}
     cells = [cell.strip() for cell in rows["step-6-views", "public"].split("|")[3:-1]]
-    assert cells[:3] == ["240 (120-240)", "40", "60x"]
-    assert len(cells[3].split(", ")) == 4 and cells[4] == "1.0000"
+    assert cells[:4] == ["240 (120-240)", "40", "60x", "student 7, projection 9"]
+    assert len(cells[4].split(", ")) == 4 and cells[5] == "1.0000"
     assert [cell.strip() for cell in rows["step-6-views", "drivekd"].split("|")[3:-1]] == [
-        "4 (2-4)", "10", "1x", "", ""
+        "4 (2-4)", "10", "1x", "student 7, projection 9", "", ""
     ]  # fmt: skip
 
 
@@ -388,7 +393,7 @@ def test_missed_targets_of_training_are_said(dry, tmp_path):
     assert "0.5x **missed**" in lines(page, "AGP faster than the public")[0]
     assert "6 **missed**" in lines(page, "buffers of AGP")[0]
     assert "**missed**: called a" in lines(page, "host syncs of AGP")[0]
-    assert "out of memory | - | - |" in lines(page, "step-6-views | public")[0]
+    assert "out of memory | - | - | - |" in lines(page, "step-6-views | public")[0]
     assert "**too far**" in lines(page, "step-6-views | public")[0]
 
 
