@@ -1,4 +1,9 @@
-"""Gram and combination of four bfloat16 gradients on a GPU, beside a copy that moves as much."""
+"""Projection of four bfloat16 gradients of a model of 494 M parameters on a GPU.
+
+Ways: `gram` and `combination`, each beside a copy that moves as much; `projection`, both with the
+weights between them, all that `GradientProjector` does with gradients that are there; and the
+`public` procedure on the same gradients, in the same rounds as `projection`.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,14 @@ import functools
 import pytest
 import torch
 
+from benchmarks.baselines.public_projection import public_projection
 from benchmarks.gpu import DEVICE, DRY, PLAYBACK, measure
 from benchmarks.shapes import MODEL_GRADIENTS
 from drivekd.functional import combine_gradients, gradient_gram
 from drivekd.ops.dispatch import resolve
+from drivekd.projection import agp_weights
+from tests.helpers.gradients import relative_error
+from tests.helpers.host_reads import NoHostRead
 
 pytestmark = [
     pytest.mark.benchmark(timer=PLAYBACK),
@@ -21,26 +30,33 @@ pytestmark = [
 TASKS = MODEL_GRADIENTS.tasks
 DTYPE = torch.bfloat16
 WEIGHTS = (1.0, 0.5, -0.25, 2.0)
-MOVED = {"gram": TASKS, "combination": TASKS + 1}  # words a parameter
+# Words a parameter.
+MOVED = {"gram": TASKS, "combination": TASKS + 1, "projection": 2 * TASKS + 1}
 
 
 @functools.cache
 def gradients():
     sizes = [1_000, 7, 4_097] if DRY else MODEL_GRADIENTS.sizes
     generator = torch.Generator(DEVICE).manual_seed(0)
-    return [
+    grads = [
         [torch.randn(size, generator=generator, device=DEVICE, dtype=DTYPE) for size in sizes]
         for _ in range(TASKS)
     ]
+    for own in grads[1:]:  # some of what the first says against each, for projections to take off
+        torch._foreach_add_(own, grads[0], alpha=-0.3)
+    return grads
 
 
 def facts(way):
     elements = sum(tensor.numel() for tensor in gradients()[0])
     backend = resolve("gradient_gram", "auto", device=torch.device(DEVICE), dtype=DTYPE)
-    return {
+    noted = {
         "shape": "gradients-494m", "way": way, "backend": backend, "tasks": TASKS,
-        "elements": elements, "moved_bytes": MOVED[way] * elements * DTYPE.itemsize,
+        "elements": elements, "gradient_bytes": elements * DTYPE.itemsize,
     }  # fmt: skip
+    if way in MOVED:
+        noted["moved_bytes"] = MOVED[way] * noted["gradient_bytes"]
+    return noted
 
 
 def copy_of(moved_bytes):
@@ -82,3 +98,48 @@ def bench_combination(benchmark):
         beside=copy_of(noted["moved_bytes"]),
         **noted,
     )
+
+
+def projection():
+    """The update, and nothing read back."""
+    grads = gradients()
+    return combine_gradients(grads, agp_weights(gradient_gram(grads)))
+
+
+def publicly():
+    return public_projection(gradients(), [1.0] * TASKS)
+
+
+def host_sync(call):
+    """What waits for the device in a call, or on a CPU what would; empty if nothing does."""
+    try:
+        if DRY:
+            with NoHostRead():
+                call()
+            return ""
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    except (AssertionError, RuntimeError) as error:
+        return str(error).splitlines()[0] or "a host read"
+    return ""
+
+
+def bench_projection(benchmark):
+    projection()  # what is loaded and compiled once may wait
+    waited = host_sync(projection)
+    benchmark.group = "projection on a GPU"
+    noted = facts("projection")
+    beside = copy_of(noted["moved_bytes"])
+    measure(benchmark, projection, beside=beside, host_sync=waited, **noted)
+    assert not waited, waited
+
+
+def bench_public_projection(benchmark):
+    error = relative_error(projection(), publicly())
+    benchmark.group = "projection on a GPU"
+    measure(benchmark, publicly, beside=projection, update_error=error, **facts("public"))
+    assert error <= 2e-2  # every step of the public procedure is rounded to bfloat16

@@ -1,11 +1,20 @@
 """Every benchmark says on what it ran."""
 
+import os
 import platform
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.gpu import write_machine
 from tests.conftest import pytest_collection_modifyitems as pytest_collection_modifyitems
+
+
+def pytest_sessionstart():
+    """On a GPU's stages the facts of the machine go into a file of their own."""
+    if path := os.environ.get("DRIVEKD_MACHINE"):
+        write_machine(Path(path))
 
 
 @pytest.fixture(autouse=True)

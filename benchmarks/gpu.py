@@ -20,8 +20,9 @@ import torch
 DRY = os.environ.get("DRIVEKD_DRY") == "1"
 DEVICE = "cpu" if DRY else "cuda"
 WARMUP = 3
-ROUNDS = (3, 3) if DRY else (5, 30)  # at least, at most
-SECONDS = 6.0  # for all rounds of one measurement, before it is cut to the least number
+_WARM_SECONDS = 1.0  # after which two calls are warm-up enough
+ROUNDS = (3, 3) if DRY else (5, 20)  # at least, at most
+SECONDS = 1.5  # for all rounds of one measurement, before it is cut to the least number
 _FLUSH_BYTES = 256 * 2**20
 _AHEAD_CYCLES = 20_000_000  # about 10 ms in which the host queues what is timed
 _CLOCKS = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
@@ -36,6 +37,8 @@ def measure(
     beside: Call | None = None,
     graph: bool = False,
     queued: bool = False,
+    seconds: float = SECONDS,
+    then: Callable[[], dict[str, Any]] | None = None,
     **facts: Any,
 ) -> None:
     """Time a call and note it in `benchmark.extra_info`, also if the GPU's memory is too small.
@@ -49,6 +52,8 @@ def measure(
         graph: whether to time replays of CUDA graphs; memory is that of the call without one.
         queued: whether to leave out the host's part, as when other work keeps the GPU busy;
             `host_ms` is that part.
+        seconds: for all rounds, as far as the least number of rounds allows.
+        then: called after the rounds; gives more facts.
         facts: noted as they are.
     """
     info: dict[str, Any] = {"dry": DRY, **facts}
@@ -60,13 +65,15 @@ def measure(
             call, info["graph"] = _graph_or_reason(call)
             if beside is not None:
                 beside, _ = _graph_or_reason(beside)
-        info |= _rounds(call, beside, queued=queued)
+        info |= _rounds(call, beside, queued=queued, seconds=seconds)
+        info |= then() if then else {}
     except torch.OutOfMemoryError as error:
         note_out_of_memory(benchmark, str(error).split(". ")[0], **facts)
     else:
         benchmark.extra_info.update(info, outcome="measured")
         PLAYBACK.play(info["rounds_ms"])
         benchmark.pedantic(_nothing, rounds=len(info["rounds_ms"]))
+        _keep(benchmark.extra_info)
     _release()
 
 
@@ -75,6 +82,14 @@ def note_out_of_memory(benchmark: Any, reason: str, **facts: Any) -> None:
     benchmark.extra_info.update(dry=DRY, outcome="out of memory", reason=reason, **facts)
     benchmark.name += " (out of memory)"
     benchmark.pedantic(_nothing, rounds=1)
+    _keep(benchmark.extra_info)
+
+
+def _keep(info: dict[str, Any]) -> None:
+    """Write a measurement down at once: pytest-benchmark does so only when all is done."""
+    if path := os.environ.get("DRIVEKD_ROUNDS"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(info) + "\n")
 
 
 class Playback:
@@ -105,9 +120,12 @@ def _nothing() -> None:
 
 
 def _warm_up(call: Call) -> None:
-    for _ in range(1 if DRY else WARMUP):
+    begin = time.perf_counter()
+    for number in range(1 if DRY else WARMUP):
+        if number >= 2 and time.perf_counter() - begin > _WARM_SECONDS:
+            break
         call()
-    _wait()
+        _wait()
 
 
 def _memory(call: Call) -> dict[str, int]:
@@ -133,12 +151,12 @@ def _tensors(results: object) -> list[torch.Tensor]:
     return []
 
 
-def _rounds(call: Call, beside: Call | None, *, queued: bool) -> dict[str, Any]:
+def _rounds(call: Call, beside: Call | None, *, queued: bool, seconds: float) -> dict[str, Any]:
     flush = torch.empty(1 if DRY else _FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
     calls = [call] if beside is None else [call, beside]
     first = sum(_time(each, flush)[0] for each in calls)  # also: the least that the clock can tell
     least, most = ROUNDS
-    count = max(least, min(most, int(SECONDS * 1e3 / max(first, 1e-3))))
+    count = max(least, min(most, int(seconds * 1e3 / max(first, 1e-3))))
     times: list[list[float]] = [[] for _ in calls]
     host: list[float] = []
     for number in range(count):
@@ -148,9 +166,10 @@ def _rounds(call: Call, beside: Call | None, *, queued: bool) -> dict[str, Any]:
             times[which].append(passed)
             if which == 0:
                 host.append(by_host)
-    result: dict[str, Any] = {"rounds_ms": times[0], "clocks": _clocks_under(call, first)}
-    result["host_ms"] = sorted(host)[len(host) // 2]
-    if beside is not None:
+    result: dict[str, Any] = {"rounds_ms": times[0], "host_ms": sorted(host)[len(host) // 2]}
+    if beside is None:
+        result["clocks"] = _clocks_under(call, first)
+    else:  # what runs beside has been asked for its clocks
         result["beside_ms"] = times[1]
     return result
 

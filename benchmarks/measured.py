@@ -1,23 +1,24 @@
-"""What was measured on GPUs, as tables, verdicts on the targets and plots.
+"""What was measured on GPUs, and the targets that it is held to; measured_tables.py prints.
 
 `results/<gpu>/` holds the files of `on_gpu.sh`: `machine.json`, and the rounds of every benchmark
-in pytest-benchmark's JSON. A ratio of two ways is the median over rounds of the ratio within a
-round, in which both ran, one after the other.
+in pytest-benchmark's JSON, or in the lines that a stage leaves which was killed. A ratio of two
+ways is the median over rounds of the ratio within a round, in which both ran, one after the other.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from benchmarks.shapes import GPU_MODELS, GPU_PAIRS
+from benchmarks.shapes import GPU_PAIRS, GPU_STEPS
 
 NOT_MEASURED = "not measured yet"
 BASELINES = ("eager", "compiled", "chunked", "sdpa")
+GRADIENTS = "gradients-494m"
 
 # Picoseconds of each visible cell at least, an H200's floors: log-sum-exp, map, dq, dk of 14 heads
 # of 64; log-sum-exp and map of 28 heads of 128.
@@ -48,6 +49,13 @@ class Record:
         """Time in units of what ran in the same rounds: the fused way, or a copy."""
         pairs = zip(self.facts["rounds_ms"], self.facts["beside_ms"], strict=True)
         return median(own / beside for own, beside in pairs)
+
+    @property
+    def buffers(self) -> float:
+        """Of a projection: buffers as large as one task's gradients, the update among them."""
+        return (
+            self.facts["tasks"] + 1 + self.facts["extra_peak_bytes"] / self.facts["gradient_bytes"]
+        )
 
     @property
     def clock(self) -> int | None:
@@ -82,12 +90,9 @@ def load(folder: Path) -> Measurements:
     """
     machine = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
     records = {}
-    for path in sorted(folder.glob("*.json")):
-        if path.name == "machine.json":
-            continue
-        for benchmark in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]:
-            facts = benchmark["extra_info"]
-            if "outcome" not in facts:  # of the CPU, or cut off by the end of the stage
+    for path in sorted(folder.glob("*.json*")):
+        for facts in _facts(path):
+            if "shape" not in facts:  # beside the targets
                 continue
             if facts["dry"]:
                 raise ValueError(f"{path} comes from a dry run (DRIVEKD_DRY=1); measure on a GPU")
@@ -95,107 +100,21 @@ def load(folder: Path) -> Measurements:
     return Measurements(folder.name, machine, records)
 
 
+def _facts(path: Path) -> Iterator[dict[str, Any]]:
+    """Of every finished measurement in one file."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        *whole, _ = text.split("\n")  # the last line may have been cut off
+        yield from map(json.loads, whole)
+    elif path.name != "machine.json":
+        for benchmark in json.loads(text)["benchmarks"]:
+            if "outcome" in benchmark["extra_info"]:  # not of the CPU, nor cut off by the end
+                yield benchmark["extra_info"]
+
+
 def machines(results: Path) -> list[Measurements]:
     """Every machine with results."""
     return [load(path.parent) for path in sorted(results.glob("*/machine.json"))]
-
-
-def section(results: Path, *, where: str) -> str:
-    """Tables of all machines for a page; `where` is the path of `results` on that page."""
-    found = machines(results)
-    if not found:
-        return (
-            f"GPU speed and memory: **{NOT_MEASURED}**. `benchmarks/on_gpu.sh` measures, "
-            "`python -m benchmarks.report` puts the numbers here."
-        )
-    return "\n\n".join(_machine_section(each, where) for each in found)
-
-
-def _machine_section(measured: Measurements, where: str) -> str:
-    machine = measured.machine
-    clocks = sorted(each.clock for each in measured.records.values() if each.clock)
-    about = [
-        f"{machine['gpu']}, driver {machine['driver']}, torch {machine['torch']} (CUDA "
-        f"{machine['cuda']}), triton {machine['triton']}, commit {machine['commit'][:10]}"
-        + (f" with {machine['changed_files']} changed files" if machine["changed_files"] else "")
-        + f", {machine['date']}."
-    ]
-    if clocks:
-        about.append(f"SM clock under load {clocks[0]}-{clocks[-1]} MHz.")
-    parts = [f"**{measured.name}**: " + " ".join(about), _targets_table(measured)]
-    for kind, title in (("full", "Full map"), ("t2v", "Text to vision, CUDA graphs")):
-        parts.append(f"{title}:\n\n{_speed_table(measured, kind)}")
-    parts.append(
-        "Medians of rounds with a cold L2 cache (quartiles in brackets); bfloat16, mse. "
-        "`gradient` is both less forward. Memory is the peak beyond the inputs and the results. "
-        "A ratio is the median over rounds of the ratio within a round, in which both ways ran: "
-        "eager, compiled and chunked are so many times slower than the fused way, which takes so "
-        "many times as long as sdpa (flash forward and backward of the student, forward of the "
-        "teacher). † timed without a CUDA graph."
-    )
-    if (Path(__file__).parent / "results" / measured.name / "speed.png").exists():
-        parts.append(f"![time and memory by number of tokens]({where}/{measured.name}/speed.png)")
-    return "\n\n".join(parts)
-
-
-# ---- speed
-
-
-def _speed_table(measured: Measurements, kind: str) -> str:
-    shapes = [name for name in GPU_PAIRS if name.split("/")[1].startswith(kind)]
-    head = ["shape", "forward ms", "gradient ms", "both ms", "extra MiB", *BASELINES]
-    if kind == "t2v":
-        head.append("lse given")
-    return _table(head, [_speed_row(measured, shape, kind) for shape in shapes])
-
-
-def _speed_row(measured: Measurements, shape: str, kind: str) -> list[str]:
-    fused, forward = measured.get(shape, "fused"), measured.get(shape, "fused", "forward")
-    if fused is None:
-        return [shape, *[NOT_MEASURED] * (8 if kind == "full" else 9)]
-    row = [shape]
-    if not fused.measured:
-        row += ["out of memory"] * 4
-    else:
-        known = forward is not None and forward.measured
-        row += [
-            _milliseconds(forward) if known else "-",
-            _number(fused.milliseconds - forward.milliseconds) if known else "-",
-            _milliseconds(fused),
-            _number(fused.facts["extra_peak_bytes"] / 2**20),
-        ]
-    row += [_ratio(measured.get(shape, way)) for way in BASELINES]
-    if kind == "t2v":
-        row.append(_ratio(measured.get(shape, "fused-lse")))
-    return row
-
-
-def _milliseconds(record: Record) -> str:
-    first, third = record.quartiles
-    mark = " †" if str(record.facts.get("graph", "")).startswith("not captured") else ""
-    return f"{_number(record.milliseconds)} ({_number(first)}-{_number(third)}){mark}"
-
-
-def _ratio(record: Record | None) -> str:
-    if record is None:
-        return "-"
-    if not record.measured:
-        return "out of memory"
-    ratio = record.times_of_beside
-    if record.facts["way"] == "sdpa":
-        ratio = 1 / ratio
-    mark = " †" if str(record.facts.get("graph", "")).startswith("not captured") else ""
-    return f"{_number(ratio)}x{mark}"
-
-
-def _number(value: float) -> str:
-    """Three digits."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, [":--", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 # ---- targets
@@ -203,22 +122,16 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """One promise: how it is measured for a pair of models, and what is wanted."""
+    """One promise: how it is measured for a pair of models, and what is wanted.
+
+    Those of projections and training steps are of one pair and take no notice of the model.
+    """
 
     what: str
     wanted: str
     value: Callable[[Measurements, str], float | str | None]  # str: why there is no number
     met: Callable[[float], bool]
     unit: str = "x"
-
-    def cell(self, measured: Measurements, model: str) -> str:
-        """The value and whether it is what is wanted."""
-        value = self.value(measured, model)
-        if value is None:
-            return NOT_MEASURED
-        if isinstance(value, str):
-            return value
-        return f"{_number(value)}{self.unit} {'met' if self.met(value) else '**missed**'}"
 
 
 def _beside(shape: str, way: str, *, inverse: bool = False) -> Callable[..., float | str | None]:
@@ -318,53 +231,62 @@ TARGETS = (
 )  # fmt: skip
 
 
-def _targets_table(measured: Measurements) -> str:
-    rows = [
-        [each.what, each.wanted, *(each.cell(measured, model) for model in GPU_MODELS)]
-        for each in TARGETS
-    ]
-    for way in ("gram", "combination"):
-        record = measured.records.get(("gradients-494m", "", way))
-        cell = NOT_MEASURED
-        if record is not None:
-            share = 1 / record.times_of_beside
-            cell = f"{_number(100 * share)} % {'met' if share >= 0.85 else '**missed**'}"
-        rows.append([f"{way} of 4 gradients, of copy bandwidth", ">= 85 %", cell, "", ""])
-    return _table(["target", "wanted", *GPU_MODELS], rows)
+def _bandwidth(way: str) -> Callable[..., float | None]:
+    """Percent of what a copy of as many bytes reaches."""
+
+    def value(measured: Measurements, model: str) -> float | None:
+        record = measured.measured(GRADIENTS, way, "")
+        return None if record is None else 100 / record.times_of_beside
+
+    return value
 
 
-# ---- plots
+def _public_projection(measured: Measurements, model: str) -> float | str | None:
+    record = measured.get(GRADIENTS, "public", "")
+    if record is not None and not record.measured:
+        return "the public procedure is out of memory"
+    return None if record is None else record.times_of_beside
 
 
-def plot(measured: Measurements, path: Path) -> None:
-    """Time and extra memory of full maps against the number of tokens, a column for each pair."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _buffers(measured: Measurements, model: str) -> float | None:
+    """The gradients, the update, and what else is alive at the peak, of the parameters' size."""
+    record = measured.measured(GRADIENTS, "projection", "")
+    return None if record is None else record.buffers
 
-    figure = Figure(figsize=(4 * len(GPU_MODELS), 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(GPU_MODELS), sharex=True, sharey="row", squeeze=False)
-    for column, model in enumerate(GPU_MODELS):
-        for way in ("fused", *BASELINES):
-            found = [
-                (GPU_PAIRS[shape].num_tokens, record)
-                for shape in GPU_PAIRS
-                if shape.startswith(f"{model}/full-")
-                and (record := measured.measured(shape, way)) is not None
-            ]
-            tokens = [number for number, _ in found]
-            style = {"marker": "o", "linewidth": 2.5 if way == "fused" else 1, "label": way}
-            axes[0][column].plot(tokens, [record.milliseconds for _, record in found], **style)
-            if way != "sdpa":
-                memory = [record.facts["extra_peak_bytes"] / 2**20 for _, record in found]
-                axes[1][column].plot(tokens, memory, **style)
-        axes[0][column].set_title(model, fontsize=10)
-        axes[1][column].set_xlabel("tokens")
-        for row in axes:
-            row[column].set_xscale("log", base=2)
-            row[column].set_yscale("log")
-            row[column].grid(alpha=0.3)
-    axes[0][0].set_ylabel("loss and gradients, ms")
-    axes[1][0].set_ylabel("extra memory, MiB")
-    axes[0][0].legend(fontsize=8)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+def _host_syncs(measured: Measurements, model: str) -> float | str | None:
+    record = measured.measured(GRADIENTS, "projection", "")
+    if record is None:
+        return None
+    return f"**missed**: {record.facts['host_sync']}" if record.facts["host_sync"] else 0.0
+
+
+def _step(way: str) -> Callable[..., float | str | None]:
+    """Time of a step in units of a way's, at the larger sample."""
+
+    def value(measured: Measurements, model: str) -> float | str | None:
+        record = measured.get(next(iter(GPU_STEPS)), way, "")
+        if record is not None and not record.measured:
+            return f"{way} is out of memory"
+        return None if record is None else 1 / record.times_of_beside
+
+    return value
+
+
+TRAINING_TARGETS = (
+    Target(
+        "gram of 4 gradients, of copy bandwidth", ">= 85 %", _bandwidth("gram"),
+        lambda x: x >= 85, " %",
+    ),
+    Target(
+        "combination of 4 gradients, of copy bandwidth", ">= 85 %", _bandwidth("combination"),
+        lambda x: x >= 85, " %",
+    ),
+    Target(
+        "AGP faster than the public procedure", ">= 50x", _public_projection, lambda x: x >= 50
+    ),
+    # Tables of pointers and partial sums are no buffers of that size.
+    Target("buffers of AGP, K = 4", "<= 5", _buffers, lambda x: x <= 5.05, ""),
+    Target("host syncs of AGP", "0", _host_syncs, lambda x: x == 0, ""),
+    Target("time of the plain step, four tasks", "<= 1.1x", _step("plain"), lambda x: x <= 1.1),
+)  # fmt: skip

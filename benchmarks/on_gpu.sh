@@ -1,19 +1,23 @@
 #!/usr/bin/env bash
-# Stages of a session on a GPU machine, each of at most 8 minutes, without a network:
+# Stages of a session on a GPU machine, without a network; each ends when its time is up
+# (README.md says what they are expected to take; SECONDS_A_STAGE gives another limit):
 #   benchmarks/on_gpu.sh test [PYTEST ARGUMENTS]   correctness: everything marked gpu, skips forbidden
 #   benchmarks/on_gpu.sh sanitize                  compute-sanitizer on the kernels at small shapes
 #   benchmarks/on_gpu.sh loss MODEL KIND           the loss at a model pair's shapes
 #                                                  (internvl3-1b, internvl3-2b, qwen2.5-vl-3b; t2v, full)
 #   benchmarks/on_gpu.sh gram                      gradient projection
+#   benchmarks/on_gpu.sh step                      whole multi-teacher steps, InternVL3-1B from 8B
+#   benchmarks/on_gpu.sh build                     the compiled extension, for gram's backend native
 # Results go to ${OUT:-benchmarks/results/gpu}; the raw rounds are in the JSON files, also those of a
-# stage that ran out of time. DRIVEKD_DRY=1 goes through a stage on the CPU at toy shapes: its
-# numbers mean nothing. Needs torch, triton, transformers, numpy, pytest, pytest-benchmark.
+# stage that ran out of time: NAME.jsonl stays where NAME.json could not be written. DRIVEKD_DRY=1
+# goes through a stage on the CPU at toy shapes: its numbers mean nothing. Needs torch, triton,
+# transformers, numpy, pytest, pytest-benchmark.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 stage=${1:?which stage? see the head of this file}
 shift
 case $stage in
-  test | sanitize | loss | gram) ;;
+  test | sanitize | loss | gram | step | build) ;;
   *)
     echo "no stage '$stage'; see the head of this file" >&2
     exit 2
@@ -22,7 +26,14 @@ esac
 out=${OUT:-benchmarks/results/gpu}
 mkdir -p "$out"
 PYTHON=${PYTHON:-python3}
-SECONDS_A_STAGE=${SECONDS_A_STAGE:-460}
+case "$stage ${2:-}" in # a third more than what they are expected to take
+  "loss t2v") limit=35 ;;
+  "loss "*) limit=100 ;;
+  gram*) limit=80 ;;
+  step*) limit=120 ;;
+  *) limit=460 ;;
+esac
+SECONDS_A_STAGE=${SECONDS_A_STAGE:-$limit}
 deadline=$((SECONDS + SECONDS_A_STAGE))
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 # tests ask for deterministic algorithms
@@ -36,23 +47,26 @@ tests() {
   within "$PYTHON" -m pytest -q -ra -o addopts= --strict-markers -p no:cacheprovider \
     -W ignore::pytest.PytestConfigWarning "$@"
 }
-bench() {
-  local name=$1
+bench() { # also writes machine.json; each measurement at once, and all of them at the end
+  local name=$1 failed=0
   shift
-  tests -W ignore::pytest_benchmark.logger.PytestBenchmarkWarning \
-    --benchmark-json="$out/$name.json" "$@" | tee "$out/$name.txt"
+  rm -f "$out/$name.jsonl"
+  DRIVEKD_MACHINE="$out/machine.json" DRIVEKD_ROUNDS="$out/$name.jsonl" \
+    tests -W ignore::pytest_benchmark.logger.PytestBenchmarkWarning \
+    --benchmark-json="$out/$name.json" "$@" | tee "$out/$name.txt" || failed=$?
+  if [ -s "$out/$name.json" ]; then rm -f "$out/$name.jsonl"; else rm -f "$out/$name.json"; fi
+  return "$failed"
 }
 
-if [ "$dry" != 1 ] && [ "$stage" = gram ] && ! "$PYTHON" -c 'import drivekd._C' 2>/dev/null; then
-  within "$PYTHON" setup.py -q build_ext --inplace ||
-    echo "the extension does not build here: backend native is left out"
-fi
-# What the trainer needs beside is no matter here.
-"$PYTHON" -m drivekd doctor | tee "$out/doctor.txt" || echo "going on: the stages need the packages named in this file's head only"
-"$PYTHON" -c "from pathlib import Path; from benchmarks.gpu import write_machine; write_machine(Path('$out/machine.json'))"
+case $stage in
+  loss | gram | step | build) ;; # their benchmarks write it themselves
+  *) "$PYTHON" -c "from pathlib import Path; from benchmarks.gpu import write_machine; write_machine(Path('$out/machine.json'))" ;;
+esac
 
 case $stage in
   test)
+    # What the trainer needs beside is no matter here.
+    "$PYTHON" -m drivekd doctor | tee "$out/doctor.txt" || echo "going on: the stages need the packages named in this file's head only"
     marked=(-m gpu)
     [ "$dry" = 1 ] && marked=(-k "test_triton_contracts")
     DRIVEKD_REQUIRE_GPU=$((1 - dry)) tests "${marked[@]}" --benchmark-disable --durations=15 \
@@ -72,6 +86,13 @@ case $stage in
     bench "loss-$model-$kind" benchmarks/bench_attention_map_loss_gpu.py -k "$model and $kind"
     ;;
   gram)
-    bench gram benchmarks/bench_gradient_gram.py benchmarks/bench_gradient_gram_gpu.py
+    bench gram benchmarks/bench_gradient_gram_gpu.py benchmarks/bench_gradient_gram.py \
+      -k "bench_gradient_gram_gpu or (bfloat16 and not public)"
+    ;;
+  step)
+    bench step benchmarks/bench_step_gpu.py
+    ;;
+  build)
+    within "$PYTHON" setup.py -q build_ext --inplace
     ;;
 esac

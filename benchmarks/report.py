@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import measured
+from benchmarks import measured, measured_tables
 from drivekd.demo.settings import FULL_ARMS
 from drivekd.study.report import load_study
 from drivekd.study.schema import Study
@@ -81,7 +81,7 @@ def _folded(table: Table) -> str:
 
 def gpu_section() -> str:
     """What was measured on GPUs, or that nothing was yet."""
-    return measured.section(ROOT / RESULTS, where=str(RESULTS))
+    return measured_tables.section(ROOT / RESULTS, where=str(RESULTS))
 
 
 SECTIONS = {"demo": demo_section, "gpu": gpu_section}
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.check:
         for each in measured.machines(ROOT / RESULTS):
-            measured.plot(each, ROOT / RESULTS / each.name / "speed.png")
+            measured_tables.plot(each, ROOT / RESULTS / each.name / "speed.png")
     readme = ROOT / "README.md"
     old = readme.read_text(encoding="utf-8")
     new = fill(old)

@@ -70,3 +70,69 @@ def _decoder(layers: int, width: int, kv_width: int, inner: int, vocabulary: int
 MODEL_GRADIENTS = _decoder(24, 896, 128, 4864, 151_936)
 RAGGED_GRADIENTS = Gradients(tuple(1_000 + 1_215 * (i * i % 200) for i in range(300)))
 SMALL_GRADIENTS = _decoder(4, 128, 64, 512, 2_000)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A language model of Qwen2's kind; heads are width / heads wide."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    inner: int
+    vocabulary: int
+    tied: bool  # whether embedding and head are one matrix
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision transformer; a token of its pictures is 28 x 28 pixels."""
+
+    layers: int
+    width: int
+    heads: int
+    inner: int
+    picture: int  # pixels a side
+
+    @property
+    def tokens(self) -> int:
+        """Of one picture, as the language model sees it."""
+        return (self.picture // 28) ** 2
+
+
+@dataclass(frozen=True)
+class Step:
+    """One sample of a multi-teacher training step: pictures, then text."""
+
+    student: Decoder
+    teacher: Decoder
+    tower: Tower  # of both
+    views: int
+    text: int
+    image_token: int  # an id that both vocabularies have and text does not use
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.views * self.tower.tokens + self.text
+
+
+# InternVL3-1B from 8B: Qwen2.5-0.5B and 7B, each with an InternViT of 300 M parameters.
+STEP_MODELS = (
+    Decoder(24, 896, 14, 2, 4864, 151_936, tied=True),
+    Decoder(28, 3584, 28, 4, 18_944, 152_064, tied=False),
+    Tower(24, 1024, 16, 4096, 448),
+)
+GPU_STEPS = {
+    f"step-{views}-views": Step(*STEP_MODELS, views, TEXT_TOKENS, image_token=151_667)
+    for views in (6, 2)
+}
+TOY_STEP = Step(
+    Decoder(4, 64, 4, 2, 96, 320, tied=True),
+    Decoder(6, 96, 6, 3, 128, 352, tied=False),
+    Tower(2, 32, 2, 64, 56),
+    views=3,
+    text=11,
+    image_token=300,
+)

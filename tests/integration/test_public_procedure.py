@@ -10,6 +10,12 @@ import math
 import pytest
 import torch
 
+from benchmarks.baselines.public_losses import (
+    PUBLIC_LOSSES,
+    perception,
+    planning,
+    reasoning,
+)
 from drivekd.capture import capture_attention
 from drivekd.losses import AttentionMapLoss
 from drivekd.tokens import TokenLayout
@@ -45,36 +51,6 @@ def padded(side):
 # --- the public procedure ------------------------------------------------------------------------
 
 
-def masked_difference(student_map, teacher_map, is_image):
-    """Text rows x image columns; causally dead cells count in the denominator."""
-    cells = (~is_image)[:, None] & is_image[None, :]
-    squares = (student_map - teacher_map).square() * cells
-    return squares.sum() / max(int(cells.sum()), 1)
-
-
-def perception(student, teacher, is_image):
-    return masked_difference(student[0].mean(1)[0], teacher[0].mean(1)[0], is_image)
-
-
-def planning(student, teacher, is_image):
-    return masked_difference(student[-2].mean(1)[0], teacher[-2].mean(1)[0], is_image)
-
-
-def reasoning(student, teacher, is_image):
-    """Layers 0 .. -2, both ends; a student layer against the mean of consecutive teacher layers."""
-    k, m = len(student) - 1, len(teacher) - 1
-    size = max(1, m - k + 1)
-    total = 0.0
-    for i in range(k):
-        start = min(i, m - size)
-        target = sum(teacher[j].mean(1) for j in range(start, start + size)) / size
-        total = total + (student[i].mean(1) - target).square().mean(-1).mean()
-    return total / k
-
-
-PUBLIC = {"perception": perception, "reasoning": reasoning, "planning": planning}
-
-
 def maps_of(model, sample):
     model.set_attn_implementation("eager")
     return [a.double() for a in model(**sample, output_attentions=True, use_cache=False).attentions]
@@ -95,7 +71,7 @@ def ours(name, student_depth, teacher_depth):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("depths", [(4, 6), (3, 3), (6, 4)], ids=["deeper", "equal", "shallower"])
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", PUBLIC_LOSSES)
 def test_losses_and_gradients_are_those_of_the_public_procedure(name, depths, side):
     """Also where the student has more layers than its teacher."""
     student = internvl(layers=depths[0], seed=1)
@@ -105,7 +81,7 @@ def test_losses_and_gradients_are_those_of_the_public_procedure(name, depths, si
         with torch.no_grad():
             targets = maps_of(teacher, sample)
         is_image = sample["input_ids"][0] == IMAGE
-        total = total + PUBLIC[name](maps_of(student, sample), targets, is_image)
+        total = total + PUBLIC_LOSSES[name](maps_of(student, sample), targets, is_image)
     expected = total / len(LENGTHS)
     gradients_expected = gradients(student, expected)
 
@@ -172,7 +148,7 @@ def test_plausible_mistakes_would_show(right, wrong):
     assert abs(values[1] / values[0] - 1) > 0.05
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", PUBLIC_LOSSES)
 def test_remote_code_container_with_its_images_as_the_public_code_embeds_them(name):
     """Tiles are summed over the root of their number, and the language model is called alone."""
     student, teacher = InternVLChat(layers=4, seed=1), InternVLChat(layers=6, seed=2)
@@ -193,7 +169,7 @@ def test_remote_code_container_with_its_images_as_the_public_code_embeds_them(na
 
     with torch.no_grad():
         targets = maps(teacher)
-    expected = PUBLIC[name](maps(student), targets, is_image[0])
+    expected = PUBLIC_LOSSES[name](maps(student), targets, is_image[0])
     gradients_expected = gradients(student, expected)
     assert "mlp1.1.weight" in gradients_expected
 

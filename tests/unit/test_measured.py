@@ -3,21 +3,31 @@
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu, measured, report
-from benchmarks.shapes import GPU_MODELS, GPU_PAIRS
+from benchmarks import gpu, measured, measured_tables, report
+from benchmarks.shapes import GPU_MODELS, GPU_PAIRS, GPU_STEPS
 
 pytest.importorskip("pytest_benchmark")
 
 ROOT = Path(__file__).resolve().parents[2]
-FULL = {"both": ("fused", "fused-lse", "eager", "compiled", "chunked", "sdpa"),
-        "forward": ("fused", "eager", "chunked", "sdpa")}  # fmt: skip
+SOME = {"fused", "sdpa"}
+WAYS = {
+    "t2v-1": SOME | {"eager", "chunked", "fused-lse"},
+    "t2v-6": SOME | {"eager", "chunked", "fused-lse"},
+    "full-2048": SOME | {"eager", "chunked", "compiled"},
+    "full-8192": SOME | {"eager", "chunked", "compiled"},
+    "full-20480": SOME | {"chunked"},
+    "full-65536": SOME | {"eager"},
+}
+STEP_WAYS = ["drivekd", "plain", "public", "plain-ce"]
 
 
 # The torch backend stands in for the kernels, whose interpreter takes its time.
@@ -37,10 +47,12 @@ def stage(out, *arguments):
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
-    """Files of a dry run of one stage, and of the benchmark of gradients."""
+    """Files of a dry run of two stages, and of the benchmark of gradients."""
     out = tmp_path_factory.mktemp("dry")
-    done = stage(out, "loss", "internvl3-1b", "t2v")
-    assert done.returncode == 0, done.stdout + done.stderr
+    for arguments in (("loss", "internvl3-1b", "t2v"), ("step",)):
+        done = stage(out, *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert not list(out.glob("*.jsonl"))
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
@@ -64,15 +76,60 @@ def test_every_way_is_gone_through_and_every_round_kept(dry):
         assert facts["outcome"] == "measured"
         assert facts["dry"] is True
         assert len(facts["rounds_ms"]) == 3
-        if facts["way"] != "fused":
+        if facts["way"] not in ("fused", "drivekd"):
             assert len(facts["beside_ms"]) == len(facts["rounds_ms"])
-        if facts["way"] not in ("sdpa", "gram", "combination"):
+        if facts.get("mode") and facts["way"] != "sdpa":
             assert facts["loss_error"] < 0.05
         found.setdefault((facts["shape"], facts.get("mode")), []).append(facts["way"])
-    for shape in ("internvl3-1b-from-8b/t2v-1", "internvl3-1b-from-8b/t2v-6"):
-        for mode, ways in FULL.items():
-            assert tuple(found[shape, mode]) == ways
-    assert found["gradients-494m", None] == ["gram", "combination"]
+    for kind in ("t2v-1", "t2v-6"):
+        assert set(found[f"internvl3-1b-from-8b/{kind}", "both"]) == WAYS[kind]
+        assert found[f"internvl3-1b-from-8b/{kind}", "forward"] == ["fused"]
+    assert found["gradients-494m", None] == ["gram", "combination", "projection", "public"]
+    for shape in GPU_STEPS:
+        assert found[shape, None] == STEP_WAYS
+
+
+def test_a_dry_step_agrees_with_the_public_procedure_in_float32(dry):
+    facts = [each for each in facts_of(dry) if "update_error" in each and each["way"] == "public"]
+    steps = [each for each in facts if each["shape"] in GPU_STEPS]
+    assert len(steps) == 2
+    for each in steps:
+        assert each["dtype"] == "float32" and each["apart"] == {}
+        assert each["update_error"] < 1e-5
+        assert set(each["loss_errors"]) == {"ce", "perception", "reasoning", "planning"}
+
+
+def test_a_dry_projection_reads_nothing_back(dry):
+    (facts,) = [each for each in facts_of(dry) if each["way"] == "projection"]
+    assert facts["host_sync"] == ""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_stage_that_is_ended_keeps_what_it_has(tmp_path, how):
+    """An interrupted one in pytest-benchmark's file, a killed one in lines."""
+    lines, whole = tmp_path / "loss.jsonl", tmp_path / "loss.json"
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "full",
+            f"--benchmark-json={whole}", "benchmarks/bench_attention_map_loss_gpu.py",
+        ],
+        cwd=ROOT, env={**QUICK, "DRIVEKD_ROUNDS": str(lines)}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not lines.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(how)
+    process.wait(timeout=60)
+    if how == signal.SIGINT:
+        assert len(json.loads(whole.read_text())["benchmarks"]) >= 1
+    whole.unlink(missing_ok=True)
+    text = lines.read_text().replace('"dry": true', '"dry": false')
+    lines.write_text(text + '{"shape": "cut o')
+    (tmp_path / "machine.json").write_text("{}")
+    found = measured.load(tmp_path)
+    first = found.get("internvl3-1b-from-8b/full-8192", "fused")
+    assert len(first.facts["rounds_ms"]) == 3
 
 
 @pytest.mark.skipif(
@@ -110,9 +167,8 @@ def test_an_unknown_stage_says_so(tmp_path):
     assert "no stage 'everything'" in done.stderr
 
 
-def test_every_named_shape_has_every_way():
-    kinds = {"t2v-1", "t2v-6", "full-2048", "full-8192", "full-20480", "full-65536"}
-    assert set(GPU_PAIRS) == {f"{model}/{kind}" for model in GPU_MODELS for kind in kinds}
+def test_every_named_shape_is_run_and_what_targets_need_first():
+    assert set(GPU_PAIRS) == {f"{model}/{kind}" for model in GPU_MODELS for kind in WAYS}
     code = (
         "from benchmarks.bench_attention_map_loss_gpu import CASES; print(*[c.id for c in CASES])"
     )
@@ -121,8 +177,18 @@ def test_every_named_shape_has_every_way():
         cwd=ROOT, capture_output=True, text=True, check=True,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
     )  # fmt: skip
-    wanted = {f"{s}-{mode}-{way}" for s in GPU_PAIRS for mode, ways in FULL.items() for way in ways}
-    assert set(done.stdout.split()) == wanted
+    ids = done.stdout.split()
+    wanted = {
+        f"{model}/{kind}-both-{way}" for model in GPU_MODELS for kind in WAYS for way in WAYS[kind]
+    }
+    forward = {f"{shape}-forward-fused" for shape in GPU_PAIRS if "65536" not in shape}
+    assert set(ids) == wanted | forward and len(ids) == len(set(ids))
+    for model in GPU_MODELS:
+        full = [each for each in ids if each.startswith(f"{model}/full")]
+        assert full[0] == f"{model}/full-8192-both-fused"
+        assert full[5] == f"{model}/full-8192-both-compiled"
+        t2v = [each for each in ids if each.startswith(f"{model}/t2v")]
+        assert t2v[:2] == [f"{model}/t2v-6-both-{way}" for way in ("fused", "sdpa")]
 
 
 # ---- timing
@@ -175,42 +241,69 @@ def test_running_out_of_memory_is_a_result():
 # ---- the report, of files with the schema of a real run
 
 
+# In units of the fused way, drivekd's step, and its projection.
+TIMES = {"fused": 1.0, "fused-lse": 0.5, "eager": 12.0, "compiled": 4.0, "chunked": 3.0,
+         "sdpa": 1.25, "gram": 1.0, "combination": 1.0, "projection": 1.1, "drivekd": 1.0,
+         "plain": 0.95, "plain-ce": 1.1, "public": 60.0}  # fmt: skip
+# The clock halves after two rounds: ratios within a round do not mind.
+UNIT = [2.0, 2.0, 4.0, 4.0, 4.0]
+
+
+def as_on_a_gpu(facts):
+    """Facts of a dry run with the numbers of a real one."""
+    facts |= {"dry": False, "clocks": "1755 MHz, 2619 MHz, 400 W, 50"}
+    facts["rounds_ms"] = [TIMES[facts["way"]] * each for each in UNIT]
+    if "beside_ms" in facts:
+        facts["beside_ms"] = UNIT
+    return facts
+
+
 def pretend(dry, folder, change=lambda facts: facts):
     """Results as a GPU would leave them: all shapes; ways at fixed multiples of the fused one."""
-    times = {"fused": 1.0, "fused-lse": 0.5, "eager": 12.0, "compiled": 4.0, "chunked": 3.0,
-             "sdpa": 1.25, "gram": 1.0, "combination": 1.0}  # fmt: skip
     folder.mkdir()
     machine = json.loads((dry / "machine.json").read_text())
     machine |= {"gpu": "Some GPU", "driver": "555.1", "commit": "0123456789abcdef"}
     machine["changed_files"] = 0
     (folder / "machine.json").write_text(json.dumps(machine))
     loss = json.loads((dry / "loss-internvl3-1b-t2v.json").read_text())
+    models = [
+        each
+        for each in loss["benchmarks"]
+        if each["extra_info"]["shape"] == "internvl3-1b-from-8b/t2v-1"
+    ]
+    (eager,) = [each for each in models if each["extra_info"]["way"] == "eager"]
+    compiled = copy.deepcopy(eager)
+    compiled["extra_info"]["way"] = "compiled"
     benchmarks = []
     for shape in GPU_PAIRS:
-        for each in loss["benchmarks"]:
-            if each["extra_info"]["shape"] != "internvl3-1b-from-8b/t2v-1":
-                continue
-            each = copy.deepcopy(each)
-            facts = each["extra_info"]
-            facts |= {"shape": shape, "dry": False, "clocks": "1755 MHz, 2619 MHz, 400 W, 50"}
+        for each in copy.deepcopy([*models, compiled]):
+            facts = as_on_a_gpu(each["extra_info"] | {"shape": shape})
             facts["extra_peak_bytes"] = 2**20 * (60 if facts["way"] == "eager" else 1)
-            # The clock halves after two rounds: ratios within a round do not mind.
-            unit = [2.0, 2.0, 4.0, 4.0, 4.0]
-            facts["rounds_ms"] = [times[facts["way"]] * each for each in unit]
             if facts["mode"] == "forward":
                 facts["rounds_ms"] = [each / 4 for each in facts["rounds_ms"]]
-            if "beside_ms" in facts:
-                facts["beside_ms"] = unit
             if "gradient_error" in facts:
                 facts["gradient_error"] = 1e-3
             each["extra_info"] = change(facts)
             benchmarks.append(each)
     benchmarks.append({"extra_info": {"device": "cpu"}})  # of the CPU: left out
+    benchmarks.append({"extra_info": {"outcome": "measured", "dry": False}})  # beside the targets
     (folder / "loss-all.json").write_text(json.dumps({**loss, "benchmarks": benchmarks}))
     gram = json.loads((dry / "gram.json").read_text())
     for each in gram["benchmarks"]:
-        each["extra_info"] |= {"dry": False, "rounds_ms": [1.0, 2.0], "beside_ms": [0.9, 1.8]}
+        facts = as_on_a_gpu(each["extra_info"])
+        if facts["way"] in ("gram", "combination"):
+            facts |= {"rounds_ms": [1.0, 2.0], "beside_ms": [0.9, 1.8]}
+        facts["extra_peak_bytes"] = facts["gradient_bytes"] * (7 if facts["way"] == "public" else 0)
+        each["extra_info"] = change(facts)
     (folder / "gram.json").write_text(json.dumps(gram))
+    step = json.loads((dry / "step.json").read_text())
+    for each in step["benchmarks"]:
+        facts = as_on_a_gpu(each["extra_info"])
+        facts["extra_peak_bytes"] = 2**30 * (40 if facts["way"] == "public" else 10)
+        assert "student" in facts["phases_ms"]
+        facts["phases_ms"] = {"student": 7.0, "projection": 9.0}
+        each["extra_info"] = change(facts)
+    (folder / "step.json").write_text(json.dumps(step))
 
 
 def lines(page, start):
@@ -219,7 +312,7 @@ def lines(page, start):
 
 def test_tables_are_made_of_the_rounds(dry, tmp_path):
     pretend(dry, tmp_path / "some-gpu")
-    page = measured.section(tmp_path, where="results")
+    page = measured_tables.section(tmp_path, where="results")
     assert "Some GPU, driver 555.1" in page and "commit 0123456789" in page
     assert "SM clock under load 1755-1755 MHz" in page
     (row,) = lines(page, "qwen2.5-vl-3b-from-7b/full-8192")
@@ -232,13 +325,20 @@ def test_tables_are_made_of_the_rounds(dry, tmp_path):
 
 def test_targets_are_judged(dry, tmp_path):
     pretend(dry, tmp_path / "some-gpu")
-    page = measured.section(tmp_path, where="results")
+    page = measured_tables.section(tmp_path, where="results")
     assert "12x met | 12x met | 12x met" in lines(page, "faster than eager, N = 2048")[0]
     assert lines(page, "less extra memory, N = 8192")[0].count("60x met") == 3
     assert "0.8x met" in lines(page, "time of sdpa, N = 8192")[0]
     assert "0.4x met" in lines(page, "time of sdpa, 6 views, lse given")[0]
     assert "90 % met" in lines(page, "gram of 4")[0]
     assert lines(page, "time of its floor")[0].count("no floor known") == 2
+    assert "60x met" in lines(page, "AGP faster than the public")[0]
+    assert "5 met" in lines(page, "buffers of AGP")[0]
+    assert "0 met" in lines(page, "host syncs of AGP")[0]
+    assert "1.05x met" in lines(page, "time of the plain step")[0]
+    assert lines(page, "gram |")[0].endswith("| 90 % |  |")
+    assert lines(page, "projection |")[0] == "| projection | 4.4 (2.2-4.4) | 91 % | 5 |"
+    assert lines(page, "public |")[0] == "| public | 240 (120-240) |  | 12 |"
     floor = 34.44 * 65536 * 65537 / 2 * 1e-9
     assert f"{4 / floor:.3g}x met" in lines(page, "time of its floor")[0]
 
@@ -254,7 +354,7 @@ def test_missed_targets_and_missing_or_too_large_runs_are_said(dry, tmp_path):
         return facts
 
     pretend(dry, tmp_path / "some-gpu", change)
-    page = measured.section(tmp_path, where="results")
+    page = measured_tables.section(tmp_path, where="results")
     assert "eager is out of memory" in lines(page, "faster than eager, N = 8192")[0]
     assert "| out of memory | - |" in lines(page, "internvl3-1b-from-8b/full-8192")[0]
     assert lines(page, "faster than row-chunked")[0].count("0.25x **missed**") == 3
@@ -262,13 +362,58 @@ def test_missed_targets_and_missing_or_too_large_runs_are_said(dry, tmp_path):
     assert "not measured yet" in lines(page, "internvl3-1b-from-8b/full-20480")[0]
 
 
+def test_steps_are_told_with_their_memory_and_how_far_apart_they_are(dry, tmp_path):
+    pretend(dry, tmp_path / "some-gpu")
+    page = measured_tables.section(tmp_path, where="results")
+    rows = {
+        tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in lines(page, "step-")
+    }
+    assert set(rows) == {(shape, way) for shape in GPU_STEPS for way in STEP_WAYS}
+    cells = [cell.strip() for cell in rows["step-6-views", "public"].split("|")[3:-1]]
+    assert cells[:4] == ["240 (120-240)", "40", "60x", "student 7, projection 9"]
+    assert len(cells[4].split(", ")) == 4 and cells[5] == "1.0000"
+    assert [cell.strip() for cell in rows["step-6-views", "drivekd"].split("|")[3:-1]] == [
+        "4 (2-4)", "10", "1x", "student 7, projection 9", "", ""
+    ]  # fmt: skip
+
+
+def test_missed_targets_of_training_are_said(dry, tmp_path):
+    def change(facts):
+        if facts["shape"] in GPU_STEPS and facts["way"] == "public":
+            return {**facts, "outcome": "out of memory", "apart": {"update": 0.5}}
+        if facts["way"] in ("plain", "public"):
+            return {**facts, "beside_ms": [2 * each for each in facts["rounds_ms"]]}
+        if facts["way"] == "projection":
+            return {**facts, "extra_peak_bytes": facts["gradient_bytes"], "host_sync": "called a"}
+        return facts
+
+    pretend(dry, tmp_path / "some-gpu", change)
+    page = measured_tables.section(tmp_path, where="results")
+    assert "2x **missed**" in lines(page, "time of the plain step")[0]
+    assert "0.5x **missed**" in lines(page, "AGP faster than the public")[0]
+    assert "6 **missed**" in lines(page, "buffers of AGP")[0]
+    assert "**missed**: called a" in lines(page, "host syncs of AGP")[0]
+    assert "out of memory | - | - | - |" in lines(page, "step-6-views | public")[0]
+    assert "**too far**" in lines(page, "step-6-views | public")[0]
+
+
+def test_targets_of_training_without_a_run_are_not_measured(dry, tmp_path):
+    pretend(dry, tmp_path / "some-gpu")
+    for name in ("step", "gram"):
+        (tmp_path / "some-gpu" / f"{name}.json").unlink()
+    page = measured_tables.section(tmp_path, where="results")
+    for what in ("time of the plain", "AGP faster", "buffers of AGP", "host syncs", "gram of 4"):
+        assert "not measured yet" in lines(page, what)[0]
+    assert "Training steps" not in page
+
+
 def test_a_picture_is_drawn(dry, tmp_path):
     pytest.importorskip("matplotlib")
     pretend(dry, tmp_path / "some-gpu")
-    measured.plot(measured.load(tmp_path / "some-gpu"), tmp_path / "speed.png")
+    measured_tables.plot(measured.load(tmp_path / "some-gpu"), tmp_path / "speed.png")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_results_the_page_says_so(tmp_path, monkeypatch):
-    assert "not measured yet" in measured.section(tmp_path, where="results")
+    assert "not measured yet" in measured_tables.section(tmp_path, where="results")
     assert report.gpu_section() in (ROOT / "README.md").read_text(encoding="utf-8")
