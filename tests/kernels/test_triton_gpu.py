@@ -84,14 +84,13 @@ def test_bfloat16_against_a_given_target_matches_the_twin(loss, region):
 @pytest.mark.parametrize("region", REGIONS)
 def test_targets_are_made_as_in_float64(region):
     case = make_case(
-        num_tokens=1100, dtype=torch.bfloat16, teacher=Heads(28, 4, 128), region=region,
+        num_tokens=300, dtype=torch.bfloat16, teacher=Heads(28, 4, 128), region=region,
         num_teachers=2, padding="left",
     )  # fmt: skip
     moved = replace(case.map_tensors(lambda x: x.to("cuda")), tokens=case.tokens.to("cuda"))
-    made = make_target(moved, top_k=64, layers=torch.bfloat16, backend="triton").to("cpu")
-    got, want = whole_map(case, made), whole_map(case, make_target(case, top_k=64))
-    # Where the last cell kept is nearly the first one left out, either may be.
-    assert (got - want).norm() <= 1e-4 * want.norm()
+    made = make_target(moved, top_k=None, layers=torch.bfloat16, backend="triton").to("cpu")
+    got, want = whole_map(case, made), whole_map(case, make_target(case, top_k=None))
+    assert (got - want).norm() <= 1e-5 * want.norm()  # products of bfloat16 are exact, sums are not
 
 
 def given_call_of(case):
