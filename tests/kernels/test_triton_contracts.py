@@ -132,6 +132,29 @@ def test_no_tensor_holds_a_map_and_the_extra_memory_is_small(idle, loss, given):
     assert extra < 28 * 4096 * 4096 * 4 / (18 if loss == "mse" else 13), extra
 
 
+def test_teacher_maps_of_overlapping_groups_are_made_once_and_their_room_is_reused(idle):
+    inputs = make_inputs(num_layers=4, num_teachers=6)
+    backend.attention_map_loss(inputs)
+    names = [each[0].__name__ for each in idle]
+    assert names.count("map_kernel") == 6  # one chunk
+    assert names.count("spans_kernel") == 1  # of all four layers
+    targets = {args[3].data_ptr() for kernel, args, _, _ in idle if kernel.__name__ == "map_kernel"}
+    assert len(targets) == 3  # as many as one group has members
+
+
+def test_more_maps_at_once_than_two_words_name_are_refused(idle):
+    with pytest.raises(NotImplementedError, match="63 teacher maps"):
+        backend.attention_map_loss(make_inputs(num_tokens=4, num_teachers=63))
+
+
+def test_gradients_that_nobody_wants_are_not_computed(idle):
+    inputs = replace(make_inputs(), needs_dq=(False,), needs_dk=(False,))
+    _, dq, dk = backend.attention_map_loss(inputs)
+    assert dq == [None] and dk == [None]
+    launched = {each[0].__name__ for each in idle} - {"tokens_kernel"}
+    assert launched == {"lse_kernel", "map_kernel", "mse_kernel"}
+
+
 @pytest.mark.parametrize("num_vision", [0, 3000])
 def test_making_targets_holds_a_chunk_of_maps(idle, num_vision):
     """Of a full map also a chunk's mean, and that without its largest cells."""
@@ -165,29 +188,6 @@ def test_a_given_target_costs_one_launch_where_a_teacher_costs_its_maps(idle, lo
     (target,) = inputs.given
     assert passed["values_ptr"] is target.values
     assert passed.get("indices_ptr") is target.indices
-
-
-def test_teacher_maps_of_overlapping_groups_are_made_once_and_their_room_is_reused(idle):
-    inputs = make_inputs(num_layers=4, num_teachers=6)
-    backend.attention_map_loss(inputs)
-    names = [each[0].__name__ for each in idle]
-    assert names.count("map_kernel") == 6  # one chunk
-    assert names.count("spans_kernel") == 1  # of all four layers
-    targets = {args[3].data_ptr() for kernel, args, _, _ in idle if kernel.__name__ == "map_kernel"}
-    assert len(targets) == 3  # as many as one group has members
-
-
-def test_more_maps_at_once_than_two_words_name_are_refused(idle):
-    with pytest.raises(NotImplementedError, match="63 teacher maps"):
-        backend.attention_map_loss(make_inputs(num_tokens=4, num_teachers=63))
-
-
-def test_gradients_that_nobody_wants_are_not_computed(idle):
-    inputs = replace(make_inputs(), needs_dq=(False,), needs_dk=(False,))
-    _, dq, dk = backend.attention_map_loss(inputs)
-    assert dq == [None] and dk == [None]
-    launched = {each[0].__name__ for each in idle} - {"tokens_kernel"}
-    assert launched == {"lse_kernel", "map_kernel", "mse_kernel"}
 
 
 def launched(idle, call):
