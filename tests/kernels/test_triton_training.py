@@ -46,7 +46,7 @@ def test_training_from_a_cache_is_that_of_the_torch_backend(tmp_path, monkeypatc
         root = tmp_path / backend
         root.mkdir()
         recipe = cached_runs.write_recipe(root, tmp_path / "checkpoints")(
-            "training.max_steps=2", "training.per_device_train_batch_size=2"
+            "training.max_steps=2", "training.per_device_train_batch_size=4"
         )
         cache_targets(recipe)
         student = distill(recipe)
@@ -55,7 +55,7 @@ def test_training_from_a_cache_is_that_of_the_torch_backend(tmp_path, monkeypatc
         for op in ("attention_map_targets", "attention_map_target_loss"):
             assert calls[op, backend] > 0
         assert not calls["attention_map_loss", backend]
-    assert losses["torch"]["sort"] and losses["torch"]["fold"]  # a rectangle, and full maps
+    assert all(losses["torch"].values())  # rectangles by mse and kl, full maps
     for name, wanted in losses["torch"].items():
         assert losses["triton"][name] == pytest.approx(wanted, rel=1e-4)  # float32, two steps
     # Adam's first steps are signs of gradients: where one is 0 but for rounding, any step is taken.
