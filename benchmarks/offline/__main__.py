@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
     parser.add_argument("--shape", action="append", help="a name or a part of it; default: all")
     parser.add_argument("--lse", action="store_true", help="log-sum-exps come from flash forwards")
+    parser.add_argument("--given", action="store_true", help="targets are given, from a cache")
     parser.add_argument("--json", type=Path, help="write everything to a file")
     parser.add_argument(
         "--readme", action="store_true", help="put a table into benchmarks/README.md"
@@ -51,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
                 loss=chosen.loss,
                 dtype=DTYPES[chosen.dtype],
                 lse=chosen.lse,
+                given=chosen.given,
             )
         )
         print(report.show(results[-1]) + "\n", flush=True)

@@ -80,9 +80,14 @@ class Compiled:
     cubin: bytes
 
     @cached_property
+    def listing(self) -> str:
+        """Its instructions as text."""
+        return _cuobjdump("--dump-sass", self.cubin)
+
+    @cached_property
     def code(self) -> sass.Code:
         """All of its loops."""
-        return sass.read(_cuobjdump("--dump-sass", self.cubin))
+        return sass.read(self.listing)
 
     @cached_property
     def _loops(self) -> tuple[sass.Loop | None, sass.Loop | None]:

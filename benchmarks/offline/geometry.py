@@ -22,7 +22,8 @@ class Work:
     """Of each program, in the order in which they start.
 
     Attributes:
-        whole, masked: products of tiles (one head each) in the main and in the masked loop.
+        whole, masked: products of tiles (one head each) in the main and in the masked loop; of
+            kernels without products trips of loops over what is given and over tiles of cells.
         whole_outer, masked_outer: trips of the loops around those (key heads of map and mse, row
             tiles of dk; else 0).
         live: whether the program does anything.
@@ -118,6 +119,10 @@ def work(launch: Launch, seen: Seen) -> Work:
         return _dk(launch, seen)
     if launch.name in ("cosine", "kl"):
         return _row_loss(launch, seen)
+    if launch.name == "rectangle":
+        return _rectangle(launch, seen)
+    if launch.name == "largest":
+        return _largest(launch, seen)
     raise NotImplementedError(f"no geometry is known for {launch.name}_kernel")
 
 
@@ -236,6 +241,35 @@ def _row_loss(launch: Launch, seen: Seen) -> Work:
     none = np.zeros_like(sweeps)
     cells = int(sweeps.sum()) * values["BLOCK_Q"] * block
     return Work(none, sweeps, none, none, sweeps > 0, cells, tiles.visible())
+
+
+def _rectangle(launch: Launch, seen: Seen) -> Work:
+    values = launch.values
+    block_q, block_k = values["BLOCK_Q"], values["BLOCK_K"]
+    x, y, z = launch.grid
+    begins = values["first_slot"] + np.arange(y) * block_q
+    stop = np.minimum(seen.num_rows, values["first_slot"] + values["num_slots"])
+    region = _pad(seen.region, x * block_k).reshape(z, 1, x, block_k).any(-1)
+    live = ((begins[None, :] < stop[:, None])[:, :, None] & region).reshape(-1)
+    _check(launch, live)
+    none = np.zeros(live.size, dtype=np.int64)
+    rows = seen.row_tiles(values["first_slot"], values["num_slots"], block_q)
+    cells = int(live.sum()) * block_q * block_k
+    visible = int(rows.live.sum(axis=(1, 2)) @ seen.region.sum(-1))
+    return Work(none, none, none, none, live, cells, visible)
+
+
+def _largest(launch: Launch, seen: Seen) -> Work:
+    values = launch.values
+    tiles = seen.row_tiles(values["first_slot"], values["num_slots"], values["BLOCK_Q"])
+    block = values["BLOCK_K"]
+    begin = tiles.first.min(-1) // block * block
+    filled = np.maximum(-(-(tiles.last.max(-1) + 1 - begin) // block), 0).reshape(-1)
+    _check(launch, filled)
+    none = np.zeros_like(filled)
+    given = np.full_like(filled, -(-values["num_given"] // block))
+    cells = int(filled.sum()) * values["BLOCK_Q"] * block
+    return Work(given, filled, none, none, filled > 0, cells, tiles.visible())
 
 
 def _check(launch: Launch, programs: Ints) -> None:

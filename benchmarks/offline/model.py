@@ -27,7 +27,7 @@ launch costs LAUNCH_US more (eager, or in a CUDA graph).
 
 The floor of a pass is the larger of MMA and EX2 for the cells that must be visited (kl's map: also
 its 9 float instructions at 4 x 32 lanes; it has no shorter form in the source; row losses: every
-map read once, W written once, at L2 bandwidth).
+map read once, W written once, at L2 bandwidth; given targets: T written once).
 """
 
 from dataclasses import asdict, dataclass
@@ -164,14 +164,19 @@ def _pipes(compiled: Compiled, work: Work, device: Device):
     issue_clocks = compiled.warps / 4
     macs_a_clock = device.mma_tflops * 1e12 / 2 / device.sms / (CLOCK_GHZ * 1e9)
     straight = compiled.code.straight
-    if compiled.main is None:  # row losses: every loop is a sweep
-        loops = [each for each in compiled.code.loops if each.mix.counts["LOAD"]]
-        total = sum(each.own.total for each in loops)
-        exp2 = sum(each.own.counts["EX2"] for each in loops)
-        issue = (work.masked * total + straight.total) * issue_clocks
-        lsu = work.masked * sum(each.own.lsu for each in loops) * float(compiled.warps)
+    if compiled.main is None:  # row losses: every loop is a sweep; given targets: see Work
+        exp2 = np.full(work.masked.shape, straight.counts["EX2"] * exp2_clocks)
+        issue = np.full(work.masked.shape, straight.total * issue_clocks)
+        lsu = np.full(work.masked.shape, float(straight.lsu * compiled.warps))
+        for loop in compiled.code.loops:
+            if loop.mix.counts["LOAD"] or loop.mix.counts["STORE"]:
+                reads_given = compiled.name == "largest" and loop.mix.counts["LOAD"]
+                trips = work.whole if reads_given else work.masked
+                exp2 += trips * loop.own.counts["EX2"] * exp2_clocks
+                issue += trips * loop.own.total * issue_clocks
+                lsu += trips * loop.own.lsu * compiled.warps
         none = np.zeros_like(issue)
-        return none, work.masked * exp2 * exp2_clocks, issue, lsu, none
+        return none, *(each * work.live for each in (exp2, issue, lsu)), none
     mma = np.zeros(work.whole.shape)
     exp2 = np.full(work.whole.shape, straight.counts["EX2"] * exp2_clocks)
     issue = np.full(work.whole.shape, straight.total * issue_clocks)
@@ -214,6 +219,11 @@ def _l2_bytes(launch: Launch, compiled: Compiled, work: Work, region: float):
     q, k, d = values["BLOCK_Q"], values["BLOCK_K"], compiled.block_d
     tiles = work.whole + work.masked
     outer = work.whole_outer + work.masked_outer
+    if launch.name == "rectangle":
+        return work.live * q * k * (4 + values["values_ptr"].element_size())
+    if launch.name == "largest":
+        given = values["values_ptr"].element_size() + values["indices_ptr"].element_size()
+        return work.masked * q * k * 4 + work.live * q * values["num_given"] * (2 * given + 4)
     if launch.name in ("cosine", "kl"):
         maps = 1 + _members(launch)
         sweeps = 3 if launch.name == "cosine" and values["w_ptr"] is not None else 2
@@ -246,7 +256,7 @@ def _map_bytes(launch: Launch, work: Work) -> float:
     cells = work.cells / heads
     if launch.name == "lse":
         return 0.0
-    if launch.name == "map":
+    if launch.name in ("map", "rectangle", "largest"):
         return cells * 4
     if launch.name == "mse":
         return cells * (4 * _members(launch) + _w_size(launch))
@@ -277,6 +287,10 @@ def _w_size(launch: Launch) -> int:
 def _compulsory_bytes(launch: Launch) -> float:
     """q and k of the launch's rows and keys read once, results in q and k written once."""
     values = launch.values
+    if "values_ptr" in values:
+        rows = min(values["num_slots"] / values["values_ptr"].shape[1], 1.0)
+        parts = (values["values_ptr"], values.get("indices_ptr"))
+        return rows * sum(each.numel() * each.element_size() for each in parts if each is not None)
     if "q_ptr" not in values:
         return 0.0
     q, k = values["q_ptr"], values["k_ptr"]
@@ -293,6 +307,8 @@ def _compulsory_bytes(launch: Launch) -> float:
 def _floor(launch: Launch, compiled: Compiled, work: Work, device: Device) -> float:
     """Seconds below which the pass cannot come, see the module."""
     clock = CLOCK_GHZ * 1e9
+    if launch.name in ("rectangle", "largest"):
+        return work.visible * 4 / (device.l2_tbps * 1e12)
     if compiled.main is None:
         cells = work.visible * (4 * (1 + _members(launch)) + _w_size(launch))
         return cells / (device.l2_tbps * 1e12)

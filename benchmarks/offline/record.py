@@ -18,11 +18,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from benchmarks.shapes import Pair
-from drivekd.ops.attention_inputs import AttentionLayer, AttentionLayout, AttentionMapLossInputs
+from drivekd.ops.attention_inputs import (
+    AttentionLayer,
+    AttentionLayout,
+    AttentionMapLossInputs,
+    GivenTarget,
+)
 from drivekd.ops.triton_backend import attention_map as backend
 from drivekd.ops.triton_backend.tokens import kernel_tokens
 
 ABOUT_TOKENS = ("tokens", "spans")
+KEPT = 64  # cells of each row of a full map, as `drivekd cache` keeps them
 POINTERS = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -30,6 +36,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int16: "*i16",
     torch.int8: "*i8",
     torch.uint8: "*u8",
 }
@@ -135,6 +142,7 @@ def record(
     arch: int = 90,
     lse: bool = False,
     padded: bool = False,
+    given: bool = False,
 ) -> Call:
     """Loss and both gradients of one student layer against one teacher layer, causal.
 
@@ -146,18 +154,20 @@ def record(
         lse: whether flash forwards left their log-sum-exp.
         padded: whether there may be padding, as in a batch of records; the result's tokens have
             none.
+        given: whether a target of `drivekd cache` stands for the teacher.
     """
     meta = torch.device("meta")
     inputs = AttentionMapLossInputs(
         student=(_layer(pair, pair.student, dtype, lse=lse),),
-        teacher=(_layer(pair, pair.teacher, dtype, lse=lse),),
-        groups=((0,),),
+        teacher=() if given else (_layer(pair, pair.teacher, dtype, lse=lse),),
+        groups=((),) if given else ((0,),),
         windows=(None,),
         layout=_layout(pair, meta, padded=padded),
         loss=loss,
         needs_dq=(True,),
         needs_dk=(True,),
         dtype=torch.float32,
+        given=(_target(pair),) if given else (),
     )
     with _architecture(arch), recorded() as launches, _Counter() as counter:
         backend.attention_map_loss(inputs)
@@ -228,6 +238,20 @@ def _layer(
 
     known = torch.empty(B, H, N, dtype=torch.float32, device="meta") if lse else None
     return AttentionLayer(make(H), make(H_kv), D**-0.5, known)
+
+
+def _target(pair: Pair) -> GivenTarget:
+    """As the cache's settings are by default, on meta."""
+    B, N, V = pair.num_samples, pair.num_tokens, pair.num_vision
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    shape = (B, N - V, V) if V else (B, N, KEPT)
+    values, exponents = make(shape, torch.float16), make(shape[:2], torch.int16)
+    if V:
+        return GivenTarget(values, exponents, None, None)
+    return GivenTarget(values, exponents, make(shape, torch.int32), make((B, N), torch.float16))
 
 
 def _layout(pair: Pair, device: torch.device, *, padded: bool = False) -> AttentionLayout:

@@ -106,10 +106,16 @@ class Report:
 
 
 def report(
-    shape: str, *, arch: int = 90, loss: str = "mse", dtype: torch.dtype, lse: bool = False
+    shape: str,
+    *,
+    arch: int = 90,
+    loss: str = "mse",
+    dtype: torch.dtype,
+    lse: bool = False,
+    given: bool = False,
 ) -> Report:
     """Record, compile and predict one call of a named shape."""
-    call = record(GPU_PAIRS[shape], loss, dtype, arch=arch, lse=lse)
+    call = record(GPU_PAIRS[shape], loss, dtype, arch=arch, lse=lse, given=given)
     passes = list(_passes(call, arch))
     return Report(shape, arch, loss, passes, call.other_ops)
 

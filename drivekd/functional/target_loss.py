@@ -57,7 +57,8 @@ def attention_map_target_loss(
         sample_weight: As in `attention_map_loss`.
         scale_student: Factor of the student's scores; default 1/sqrt(D).
         lse_student: As in `attention_map_loss`.
-        backend: `"auto"` or `"torch"`, the only one that has it; it runs on any device.
+        backend: `"auto"`, `"torch"`, or `"triton"`, which takes no float64: neither of queries and
+            keys nor of the target's values.
 
     Returns:
         0-d loss, float32, float64 where `q_student` or the target's values are. Gradients reach
@@ -70,6 +71,9 @@ def attention_map_target_loss(
             `DRIVEKD_DEBUG=1`).
         NotImplementedError: D is larger than 256; in backward, if `create_graph=True`.
         BackendUnavailableError: The backend asked for by name cannot run.
+
+    Note:
+        As `attention_map_loss`. The target is read in its own dtype and strides, in chunks of rows.
 
     Example:
         >>> import torch

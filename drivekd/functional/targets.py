@@ -184,7 +184,7 @@ def attention_map_targets(
         window: A query sees keys less than `window` tokens away; default no bound.
         scale_teacher: One for all, or one for each teacher layer; default 1/sqrt(D).
         lse_teacher: As in `layerwise_attention_map_loss`.
-        backend: `"auto"` or `"torch"`, the only one that has it.
+        backend: `"auto"`, `"torch"`, or `"triton"`, which takes no float64.
 
     Returns:
         One target for each group, on the inputs' device, without graph. Of a rectangle T and V are
@@ -194,13 +194,14 @@ def attention_map_targets(
         TypeError: An argument is of the wrong kind or dtype.
         ValueError: As in `layerwise_attention_map_loss`, or `top_k` is not at least 1 or comes
             with `"text_to_vision"`.
-        NotImplementedError: D is larger than 256.
+        NotImplementedError: D is larger than 256; with triton, overlapping groups hold more than
+            62 maps at once.
         BackendUnavailableError: The backend asked for by name cannot run.
 
     Note:
-        Works in chunks of rows: no (N, N) tensor with a head axis exists, and from N = 512 on no
-        (N, N) tensor but a target that holds all cells. Reads the numbers of text and vision
-        tokens back from the device.
+        Works in chunks of rows: no (N, N) tensor with a head axis exists, and from N = 512 on
+        (triton: 4096) no (N, N) tensor but a target that holds all cells. Reads the numbers of text
+        and vision tokens back from the device.
 
     Example:
         >>> import torch

@@ -1,8 +1,7 @@
 """Ops `drivekd::attention_map_target_loss` and the making of compact targets.
 
 As in `drivekd.ops.attention_map`, with target maps that are given instead of teachers. The lists
-`indices` and `rest` are empty where the targets are rectangles. Only the torch backend has these
-ops: a given map is read from memory, there is nothing to fuse but the student's own pass.
+`indices` and `rest` are empty where the targets are rectangles.
 """
 
 from collections.abc import Sequence

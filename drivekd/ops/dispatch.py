@@ -16,8 +16,7 @@ other  torch
 ====== =======================
 
 The environment variable `DRIVEKD_BACKEND` replaces `"auto"` for every op that has such a backend;
-ops that have none (attention maps are never `native`, given targets are `torch` alone) keep to the
-table.
+ops that have none (attention maps and their targets are never `native`) keep to the table.
 """
 
 import importlib
@@ -46,8 +45,7 @@ _TRITON_MODULE = "drivekd.ops.triton_backend"
 # DRIVEKD_BACKEND; every other missing pair means that the op never has that backend.
 _NEVER = {
     ("attention_map", "native"), ("attention_map_loss", "native"),
-    ("attention_map_target_loss", "native"), ("attention_map_target_loss", "triton"),
-    ("attention_map_targets", "native"), ("attention_map_targets", "triton"),
+    ("attention_map_target_loss", "native"), ("attention_map_targets", "native"),
 }  # fmt: skip
 
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])

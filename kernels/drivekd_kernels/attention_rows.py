@@ -1,11 +1,12 @@
-"""Losses that need whole rows of both maps: cosine and kl.
+"""What needs whole rows of maps: cosine, kl, and targets of text rows x vision keys to be kept.
 
 Grid (row tiles, samples). A program owns BLOCK_Q rows of the chunk and sweeps three times (cosine)
 or twice (kl) over the keys that they see. It writes each row's loss and W, from which the gradient
 kernels make dS_h = R_h W - delta_h P_h: with maps P, R_h = P_h and W = dL/dP; with maps log2 P,
 R_h = P_h / P and W = dL/dlog P, which exists where P underflows. The target of a row is the mean of
 several maps, as in `mse_kernel`, in the log domain a log-mean-exp. Rows without a visible cell of
-the region have loss 0.
+the region have loss 0. `pack_kernel` writes the region's cells of such a mean side by side, each
+row in a unit of its own.
 """
 
 import triton
@@ -33,6 +34,7 @@ RUNTIME = (
         "stride_map_t",
     ),
     *("members", "more_members", "share", "log2_share", "num_maps"),
+    *("num_packed_rows", "num_packed"),
 )
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -299,3 +301,71 @@ def kl_kernel(
             w = tl.where(seen, p_s - p_t, 0.0)
             tl.store(w_ptr + cells, w.to(w_ptr.dtype.element_ty))
     tl.store(sums_ptr + b * stride_sums + slot, tl.where(counts, loss, 0.0), mask=slot < num_slots)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def pack_kernel(
+    targets_ptr,
+    values_ptr,
+    exponents_ptr,
+    first_ptr,
+    last_ptr,
+    tags_ptr,
+    rows_ptr,
+    num_rows_ptr,
+    vision_ptr,
+    before_ptr,
+    N,
+    first_slot,
+    num_slots,
+    num_packed_rows,
+    num_packed,
+    stride_map_b,
+    stride_map_s,
+    stride_map_t,
+    members,
+    more_members,
+    share,
+    log2_share,
+    num_maps,
+    ALIGN_MAP: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Writes P / 2^exponent, the largest of a row in [0.5, 1], and exponents; maps are logarithms.
+
+    values (samples, rows, keys) and exponents (samples, rows) are contiguous; what is not visible
+    is left alone.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    slot, first, last, tag, row = _row_tile(
+        b, first_slot, num_slots, first_ptr, last_ptr, tags_ptr, rows_ptr, num_rows_ptr, N,
+        stride_map_s, ALIGN_MAP, BLOCK_Q,
+    )  # fmt: skip
+    targets_ptr += b * stride_map_b * ALIGN_MAP
+    stride_t = tl.cast(stride_map_t, tl.int64) * ALIGN_MAP
+    begin, end = tl.min(first) // BLOCK_K * BLOCK_K, tl.max(last) + 1
+
+    top = tl.full([BLOCK_Q], -1e30, tl.float32)
+    for n in range(begin, end, BLOCK_K):
+        cells, seen = _cells(n, first, last, tag, row, tags_ptr, vision_ptr, b, N, BLOCK_K)
+        x = mean_of_maps(
+            targets_ptr, cells, seen, stride_t, members, more_members, share, log2_share, num_maps,
+            True,
+        )  # fmt: skip
+        top = tl.maximum(top, tl.max(x, 1))
+    exponent = tl.where(top > -1e30, tl.floor(top) + 1, 0.0)
+    exponent = tl.minimum(tl.maximum(exponent, -32768.0), 32767.0)
+    place = b * num_packed_rows + first_slot + slot
+    sighted = first <= last
+    tl.store(exponents_ptr + place, exponent.to(tl.int16), mask=sighted)
+    values_ptr += (place * num_packed)[:, None]
+    for n in range(begin, end, BLOCK_K):
+        cells, seen = _cells(n, first, last, tag, row, tags_ptr, vision_ptr, b, N, BLOCK_K)
+        x = mean_of_maps(
+            targets_ptr, cells, seen, stride_t, members, more_members, share, log2_share, num_maps,
+            True,
+        )  # fmt: skip
+        j = tl.minimum(n + tl.arange(0, BLOCK_K), N)
+        column = tl.load(before_ptr + b * (N + 1) + j)
+        tl.store(values_ptr + column[None, :], tl.exp2(x - exponent[:, None]), mask=seen)

@@ -41,6 +41,7 @@ class Tiles:
 
 
 ROW_TILES = Tiles(16, 128, 4, 1)
+LARGEST_TILES = Tiles(4, 128, 4, 1)  # a store of four cells for each thread
 
 # (architecture, dtype) -> pass -> entries for padded head dims of up to 64, 96, 128 and 256. A pass
 # may have entries of its own where there is padding (`_tags`), where maps are logarithms (`_log`),

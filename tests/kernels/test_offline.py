@@ -7,6 +7,7 @@ Each distinct kernel is compiled once an architecture. A failure names kernel, t
 import functools
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton", reason="needs triton's compiler; it has no package here")
 
 from drivekd_kernels.launch import MAP_KEYS, MAP_ROWS
-from drivekd_kernels.tuned import DIMS, TILES, tiles
+from drivekd_kernels.tuned import DIMS, LARGEST_TILES, ROW_TILES, TILES, tiles
 from triton.runtime.jit import JITFunction
 
 from benchmarks.offline import sass
@@ -114,6 +115,8 @@ def test_tiles_of_gradients_lie_within_tiles_of_maps(key, column):
             assert MAP_ROWS % sizes[name].q == 0, name
         for each in sizes.values():
             assert MAP_KEYS % (each.k // each.parts) == 0
+    for each in (ROW_TILES, LARGEST_TILES):  # written without masks, too
+        assert MAP_ROWS % each.q == 0 and MAP_KEYS % each.k == 0
 
 
 # Of the instructions around the loops over tiles so many may park a value or fetch it: dk's loop
@@ -218,6 +221,31 @@ def test_the_kernels_about_tokens_compile_without_spills(arch):
     launches = record(GPU_PAIRS["internvl3-1b-from-8b/t2v-1"]).about_tokens
     assert [launch.name for launch in launches] == ["tokens", "spans"]
     assert all(compile_launch(launch, arch).stack == 0 for launch in launches)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("loss", ["mse", "kl"])
+@pytest.mark.parametrize("num_vision", [0, 256])
+def test_given_targets_are_laid_out_without_spills_by_many_programs(arch, loss, num_vision):
+    """Bound by memory: half of a multiprocessor's threads are there, and stores are 16 bytes wide.
+
+    The barrier lies between the stores of all cells and those of the largest ones.
+    """
+    pair = Pair(1, 512, (14, 2, 64), (28, 4, 128), num_vision)
+    for padded in (False, True):
+        launches = record(pair, loss, arch=arch, given=True, padded=padded).launches
+        (launch,) = (each for each in launches if each.name in ("largest", "rectangle"))
+        assert "map" not in {each.name for each in launches} or loss == "kl"
+        one = compile_launch(launch, arch)
+        assert one.stack == 0
+        assert one.resident * one.warps >= LIMITS[arch].warps // 2
+        if launch.name == "largest" and not padded:
+            wide, barriers, narrow = (
+                [found.start() for found in re.finditer(name, one.listing)]
+                for name in (r"STG\.E\.128", r"BAR\.SYNC", r"STG\.E ")
+            )
+            assert wide and narrow
+            assert any(max(wide) < barrier < min(narrow) for barrier in barriers)
 
 
 def test_recording_restores_the_launcher():

@@ -18,9 +18,8 @@ def cut(num_tokens, *, grows=True, num_samples=1, num_maps=1, student=STUDENT, t
             for h in (heads, kv_heads)
         )
 
-    return chunks.cut(
-        layer(*student), layer(*teacher), num_maps=num_maps, region=not grows, grows=grows
-    )
+    models = [layer(*student), layer(*teacher)]
+    return chunks.cut(models, learns=True, num_maps=num_maps, region=not grows, grows=grows)
 
 
 @pytest.mark.parametrize("grows", [True, False])

@@ -1,6 +1,7 @@
 """What the triton backend promises beside numbers: memory, no host reads, no recompilation."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from drivekd.ops.attention_inputs import (
     AttentionLayer,
     AttentionLayout,
     AttentionMapLossInputs,
+    GivenTarget,
 )
 from drivekd.ops.triton_backend import attention_map as backend
 
@@ -50,6 +52,7 @@ def make_inputs(
     num_vision=0,
     padded=False,
     packed=False,
+    given=False,
 ):
     B, N = num_samples, num_tokens
 
@@ -67,9 +70,18 @@ def make_inputs(
     tokens = TokenLayout.from_masks(is_vision, valid=valid, segment_ids=segment_ids)
     inside = num_vision > 0
     per_group = num_teachers - num_layers + 1
+
+    def target():
+        shape = (B, N - num_vision, num_vision) if inside else (B, N, min(64, N))
+        values, exponents = torch.empty(shape, dtype=dtype), torch.zeros(shape[:2]).short()
+        if inside:
+            return GivenTarget(values, exponents, None, None)
+        return GivenTarget(values, exponents, torch.zeros(shape).int(), torch.zeros(B, N))
+
     return AttentionMapLossInputs(
         student=tuple(layer(14, 2, 64) for _ in range(num_layers)),
-        teacher=tuple(layer(28, 4, 128) for _ in range(num_teachers)),
+        teacher=() if given else tuple(layer(28, 4, 128) for _ in range(num_teachers)),
+        given=tuple(target() for _ in range(num_layers)) if given else (),
         groups=tuple(tuple(range(i, i + per_group)) for i in range(num_layers)),
         windows=(None,) * num_layers,
         layout=AttentionLayout(
@@ -93,9 +105,10 @@ def make_inputs(
 @pytest.mark.parametrize("num_vision", [0, 30])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_nothing_is_read_back(idle, loss, num_vision, padded, packed):
+@pytest.mark.parametrize("given", [False, True])
+def test_nothing_is_read_back(idle, loss, num_vision, padded, packed, given):
     inputs = make_inputs(
-        num_samples=2, loss=loss, num_vision=num_vision, padded=padded, packed=packed
+        num_samples=2, loss=loss, num_vision=num_vision, padded=padded, packed=packed, given=given
     )
     with NoHostRead():
         backend.attention_map_loss(inputs)
@@ -103,14 +116,15 @@ def test_nothing_is_read_back(idle, loss, num_vision, padded, packed):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_no_tensor_holds_a_map_and_the_extra_memory_is_small(idle, loss):
+@pytest.mark.parametrize("given", [False, True])
+def test_no_tensor_holds_a_map_and_the_extra_memory_is_small(idle, loss, given):
     """Extra memory against one (H, N, N) float32 tensor of the teacher, at N = 4096.
 
     A chunk holds up to 9/16 of the cells of T, of W and, but for mse, of P: 4 bytes each a cell, of
     112, which is 1/25 (1/17) of it. The rest is planes of dk: 24 MB here, enough that all
     multiprocessors of an H200 have work (with 8 planes it would be 18 MB and half of them idle).
     """
-    inputs = make_inputs(num_tokens=4096, loss=loss)
+    inputs = make_inputs(num_tokens=4096, loss=loss, given=given)
     with LiveBytes() as memory:
         _, dq, dk = backend.attention_map_loss(inputs)
     assert memory.largest < 4096 * 4096 * 4
@@ -134,13 +148,46 @@ def test_more_maps_at_once_than_two_words_name_are_refused(idle):
 
 
 def test_gradients_that_nobody_wants_are_not_computed(idle):
-    from dataclasses import replace
-
     inputs = replace(make_inputs(), needs_dq=(False,), needs_dk=(False,))
     _, dq, dk = backend.attention_map_loss(inputs)
     assert dq == [None] and dk == [None]
     launched = {each[0].__name__ for each in idle} - {"tokens_kernel"}
     assert launched == {"lse_kernel", "map_kernel", "mse_kernel"}
+
+
+@pytest.mark.parametrize("num_vision", [0, 3000])
+def test_making_targets_holds_a_chunk_of_maps(idle, num_vision):
+    """Of a full map also a chunk's mean, and that without its largest cells."""
+    inputs = replace(
+        make_inputs(num_tokens=4096, num_teachers=2, num_vision=num_vision),
+        student=(), needs_dq=(), needs_dk=(),
+    )  # fmt: skip
+    with LiveBytes() as memory:
+        backend.attention_map_targets(inputs, None if num_vision else 64)
+    assert memory.largest < 2 * 4096 * 4096 * 4  # one workspace of two maps
+    kept = 1096 * 3000 * 4 if num_vision else 0
+    assert memory.peak - kept < 28 * 4096 * 4096 * 4 / 10, memory.peak
+
+
+@pytest.mark.parametrize("num_vision", [0, 30])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_given_target_costs_one_launch_where_a_teacher_costs_its_maps(idle, loss, num_vision):
+    """And it is read where it lies: nothing of its size is made."""
+    names = {}
+    for given in (False, True):
+        inputs = make_inputs(loss=loss, num_vision=num_vision, given=given)
+        names[given] = launched(idle, lambda x=inputs: backend.attention_map_loss(x))
+    reader = "rectangle_kernel" if num_vision else "largest_kernel"
+    live = list(names[False])
+    live.remove("lse_kernel")  # the teacher's
+    live[live.index("map_kernel")] = reader
+    assert sorted(names[True]) == sorted(live)
+    (place,) = (i for i, each in enumerate(idle) if each[0].__name__ == reader)
+    kernel, arguments, *_ = idle[place]
+    passed = dict(zip(kernel.arg_names, arguments, strict=False))
+    (target,) = inputs.given
+    assert passed["values_ptr"] is target.values
+    assert passed.get("indices_ptr") is target.indices
 
 
 def launched(idle, call):
@@ -256,14 +303,15 @@ def run(self, *args, grid, warmup=False, **kwargs):
     keys.add(tuple(map(str, key)))
 JITFunction.run = run
 
-for loss in ("mse", "cosine", "kl"):
+for loss, given in ((x, y) for x in ("mse", "cosine", "kl") for y in (False, True)):
     for vision in (0, 17):
         counts = []
         for B, N in ((1, 64), (2, 333), (3, 1024), (1, 1), (16, 47), (1, 4111)):
             if N < 4 and vision:
                 continue
             backend.attention_map_loss(make_inputs(
-                num_samples=B, num_tokens=N, loss=loss, num_vision=vision, padded=bool(vision)))
+                num_samples=B, num_tokens=N, loss=loss, num_vision=vision, padded=bool(vision),
+                given=given))
             counts.append(len(keys))
         assert len(set(counts)) == 1, (loss, vision, counts)
 print(len(keys))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from drivekd.ops.attention_inputs import AttentionMapLossInputs, GivenTarget, token_ranks
 from drivekd.ops.dispatch import register
+from drivekd.ops.target_rows import LargestCells, rectangle_shape
 from drivekd.ops.torch_backend.attention_chunks import HIDDEN, Chunk, Plan, Workspace
 from drivekd.ops.torch_backend.head_mean import HeadMean
 from drivekd.ops.torch_backend.targets import TeacherTargets
@@ -23,7 +24,7 @@ def attention_map_targets(inputs: AttentionMapLossInputs, top_k: int | None) -> 
     plan = Plan(layout, max(layer.query.shape[1] for layer in inputs.teacher), inputs.dtype)
     maps = HeadMean(plan, Workspace(inputs.dtype, layout.device))
     writers = [
-        _Rectangle(inputs) if is_rectangle else _Largest(inputs, top_k) for _ in inputs.groups
+        _Rectangle(inputs) if is_rectangle else LargestCells(inputs, top_k) for _ in inputs.groups
     ]
     widest = None if None in inputs.windows else max(w for w in inputs.windows if w is not None)
     for chunk in plan.chunks(widest):
@@ -37,7 +38,12 @@ def attention_map_targets(inputs: AttentionMapLossInputs, top_k: int | None) -> 
             dead = seen[inputs.windows[i]].dead
             if dead is not None:
                 mean = mean.masked_fill(dead[..., None], HIDDEN if is_rectangle else 0)
-            writer.add(chunk, mean)
+            if isinstance(writer, _Rectangle):
+                writer.add(chunk, mean)
+            else:
+                rows = chunk.rows  # of the full map always a slice: no row is left out
+                assert isinstance(rows, slice)
+                writer.add(chunk.samples, rows, chunk.keys.start, mean)
     return [writer.target() for writer in writers]
 
 
@@ -48,11 +54,10 @@ class _Rectangle:
         rows, keys = inputs.layout.region_rows, inputs.layout.region_keys
         assert rows is not None and keys is not None
         self._rows, self._ranks = rows, token_ranks(rows)
-        num_rows, num_keys = (max(1, int(each.sum(dim=-1).max())) for each in (rows, keys))
+        shape = rectangle_shape(rows, keys)
         order = torch.argsort(keys.logical_not().to(torch.int8), dim=-1, stable=True)
-        self._is_key = keys.gather(1, order)[:, :num_keys]  # (B, V)
-        self._keys = order[:, :num_keys]
-        shape = (rows.shape[0], num_rows, num_keys)
+        self._is_key = keys.gather(1, order)[:, : shape[2]]  # (B, V)
+        self._keys = order[:, : shape[2]]
         self._logs = torch.full(shape, HIDDEN, dtype=inputs.dtype, device=rows.device)
 
     def add(self, chunk: Chunk, logs: Tensor) -> None:
@@ -70,31 +75,3 @@ class _Rectangle:
         exponents = exponents.clamp(-(2**15), 2**15 - 1)
         values = (self._logs - exponents[..., None] * math.log(2)).exp()
         return GivenTarget(values, exponents.to(torch.int16), None, None)
-
-
-class _Largest:
-    """The largest cells of each row of the full map, and the mass of all the others."""
-
-    def __init__(self, inputs: AttentionMapLossInputs, top_k: int | None) -> None:
-        layout = inputs.layout
-        shape = (layout.batch_size, layout.num_tokens)
-        count = layout.num_tokens if top_k is None else min(top_k, layout.num_tokens)
-        self._values = torch.zeros(*shape, count, dtype=inputs.dtype, device=layout.device)
-        self._indices = torch.full((*shape, count), -1, dtype=torch.int32, device=layout.device)
-        self._rest = torch.zeros(shape, dtype=inputs.dtype, device=layout.device)
-
-    def add(self, chunk: Chunk, mean: Tensor) -> None:
-        count = min(self._values.shape[2], chunk.shape[2])
-        values, slots = mean.topk(count, dim=-1)
-        others = mean.scatter(2, slots, 0)
-        indices = (slots + chunk.keys.start).masked_fill(values <= 0, -1).to(torch.int32)
-        rows = chunk.rows  # of the full map always a slice: no row is left out
-        assert isinstance(rows, slice)
-        self._values[chunk.samples, rows, :count] = values
-        self._indices[chunk.samples, rows, :count] = indices
-        self._rest[chunk.samples, rows] = others.sum(dim=-1)
-
-    def target(self) -> GivenTarget:
-        _, exponents = torch.frexp(self._values[..., 0])  # the largest is in [0.5, 1) of it
-        values = torch.ldexp(self._values, -exponents[..., None])
-        return GivenTarget(values, exponents.to(torch.int16), self._indices, self._rest)

@@ -1,21 +1,28 @@
 """Attention maps and their losses through Triton kernels: what is launched, in which order.
 
 Rows are taken in chunks. Per chunk: the teachers' head-mean maps, each once, into a workspace that
-is reused as soon as no group needs it; then for each student layer its map, the loss and W, dq and
-dk. The workspaces hold a chunk of rows of single maps: nothing has a head axis and two axes of
-tokens. kernels/README.md has the maths.
+is reused as soon as no group needs it, or a given target, laid out in one; then for each student
+layer its map, the loss and W, dq and dk. The workspaces hold a chunk of rows of single maps:
+nothing has a head axis and two axes of tokens. kernels/README.md has the maths.
 """
 
 import math
 import os
+from dataclasses import replace
 
 import torch
-from drivekd_kernels import launch, launch_dq_dk
+from drivekd_kernels import launch, launch_dq_dk, launch_given
 from torch import Tensor
 
-from drivekd.ops.attention_inputs import AttentionLayer, AttentionLayout, AttentionMapLossInputs
+from drivekd.ops.attention_inputs import (
+    AttentionLayer,
+    AttentionLayout,
+    AttentionMapLossInputs,
+    GivenTarget,
+)
 from drivekd.ops.dispatch import register
-from drivekd.ops.triton_backend.plan import Plan
+from drivekd.ops.target_rows import LargestCells, rectangle_shape
+from drivekd.ops.triton_backend.plan import Plan, Step
 from drivekd.ops.triton_backend.tokens import kernel_tokens
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,6 +48,7 @@ def attention_map(layer: AttentionLayer, layout: AttentionLayout, window: int | 
     return out
 
 
+@register("attention_map_target_loss", "triton", devices=_DEVICES, dtypes=_DTYPES)
 @register("attention_map_loss", "triton", devices=_DEVICES, dtypes=_DTYPES)
 def attention_map_loss(
     inputs: AttentionMapLossInputs,
@@ -51,10 +59,7 @@ def attention_map_loss(
         window: kernel_tokens(inputs.layout, window, compact=True)
         for window in dict.fromkeys(inputs.windows)
     }
-    teachers = {
-        (each.index, each.window): _heads(inputs.teacher[each.index], tokens[each.window])
-        for each in plan.maps
-    }
+    teachers = _Teachers(inputs, plan, tokens)
     spans: dict[tuple[int | None, int], Tensor] = {}  # of layers with one window and tile
     students = [
         _Student(inputs, i, plan, _heads(layer, tokens[window]), tokens[window], spans)
@@ -64,20 +69,122 @@ def attention_map_loss(
     for number, chunk in enumerate(plan.chunks):
         for step in plan.steps:
             student = students[step.student]
-            for each, slot in step.new:
-                launch.map_tile(
-                    teachers[each.index, each.window],
-                    student.tokens,
-                    chunk,
-                    work.targets(chunk)[slot],
-                    log=plan.in_logs,
-                )
+            if inputs.given:
+                _lay_out(inputs.given[step.student], student.tokens, chunk, work, plan)
+            teachers.add(step, chunk, work)
             student.add(number, chunk, work, launch.Group(step.members))
     return (
         torch.stack([student.sums() for student in students]),
         [student.dq() for student in students],
         [student.dk() for student in students],
     )
+
+
+@register("attention_map_targets", "triton", devices=_DEVICES, dtypes=_DTYPES)
+def attention_map_targets(inputs: AttentionMapLossInputs, top_k: int | None) -> list[GivenTarget]:
+    """The mean map of each group: its region's cells, or the largest `top_k` of each full row.
+
+    Of a region it reads the numbers of text and vision tokens back from the device.
+    """
+    region = inputs.layout.is_text is not None
+    # Rectangles are made of logarithms, as kl's are: no row underflows.
+    inputs = replace(inputs, loss="kl" if region else "mse")
+    plan = Plan(inputs)
+    tokens = {
+        window: kernel_tokens(inputs.layout, window, compact=True)
+        for window in dict.fromkeys(inputs.windows)
+    }
+    teachers = _Teachers(inputs, plan, tokens)
+    work = _Workspace(inputs, plan)
+    makers = [(_Rectangle if region else _Rows)(inputs, top_k) for _ in inputs.groups]
+    for chunk in plan.chunks:
+        for step in plan.steps:
+            if not region:
+                for _, slot in step.new:
+                    work.targets(chunk)[slot].zero_()  # no tile that nobody sees is written
+            teachers.add(step, chunk, work)
+            window = inputs.windows[step.student]
+            makers[step.student].add(
+                work.targets(chunk), launch.Group(step.members), tokens[window], chunk
+            )
+    return [each.target() for each in makers]
+
+
+class _Rectangle:
+    """Text rows x vision keys."""
+
+    def __init__(self, inputs: AttentionMapLossInputs, top_k: int | None) -> None:
+        rows, keys = inputs.layout.region_rows, inputs.layout.region_keys
+        assert rows is not None and keys is not None
+        shape = rectangle_shape(rows, keys)
+        self._values = torch.zeros(shape, dtype=torch.float32, device=rows.device)
+        self._exponents = torch.zeros(shape[:2], dtype=torch.int16, device=rows.device)
+
+    def add(
+        self, maps: Tensor, group: launch.Group, tokens: launch.Tokens, chunk: launch.Chunk
+    ) -> None:
+        launch_given.pack(maps, group, tokens, chunk, self._values, self._exponents)
+
+    def target(self) -> GivenTarget:
+        return GivenTarget(self._values, self._exponents, None, None)
+
+
+class _Rows:
+    """The largest cells of each row of the full map."""
+
+    def __init__(self, inputs: AttentionMapLossInputs, top_k: int | None) -> None:
+        self._largest = LargestCells(inputs, top_k)
+
+    def add(
+        self, maps: Tensor, group: launch.Group, tokens: launch.Tokens, chunk: launch.Chunk
+    ) -> None:
+        cells = maps[:, :, : chunk.count, : chunk.keys]
+        mean = cells[group.maps[0]]
+        if len(group.maps) > 1:
+            share = 1 / len(group.maps)
+            mean = mean * share
+            for each in group.maps[1:]:
+                mean.add_(cells[each], alpha=share)
+        rows = slice(chunk.first, chunk.first + chunk.count)
+        self._largest.add(slice(None), rows, 0, mean)
+
+    def target(self) -> GivenTarget:
+        return self._largest.target()
+
+
+class _Teachers:
+    """Teacher maps, each made when the first group needs it."""
+
+    def __init__(
+        self, inputs: AttentionMapLossInputs, plan: Plan, tokens: dict[int | None, launch.Tokens]
+    ) -> None:
+        self._tokens = tokens
+        self._in_logs = plan.in_logs
+        self._heads = {
+            (each.index, each.window): _heads(inputs.teacher[each.index], tokens[each.window])
+            for each in plan.maps
+        }
+
+    def add(self, step: Step, chunk: launch.Chunk, work: "_Workspace") -> None:
+        for each, slot in step.new:
+            launch.map_tile(
+                self._heads[each.index, each.window],
+                self._tokens[each.window],
+                chunk,
+                work.targets(chunk)[slot],
+                log=self._in_logs,
+            )
+
+
+def _lay_out(
+    given: GivenTarget, tokens: launch.Tokens, chunk: launch.Chunk, work: "_Workspace", plan: Plan
+) -> None:
+    """A chunk of a target, as the teacher's map would lie."""
+    out, log = work.targets(chunk)[0], plan.in_logs
+    if given.indices is None or given.rest is None:
+        launch_given.rectangle(given.values, given.exponents, tokens, chunk, out, log=log)
+    else:
+        launch_given.largest(given.values, given.indices, given.rest, tokens, chunk, out, log=log)
 
 
 class _Workspace:
@@ -91,7 +198,7 @@ class _Workspace:
         self._batch_size = inputs.layout.batch_size
         self._cells = max(math.prod(self._shape(chunk)) for chunk in plan.chunks)
         self._targets = self._empty((plan.num_slots, self._cells), torch.float32)
-        self._map = self._empty((self._cells,), torch.float32) if inputs.loss != "mse" else None
+        self._map: Tensor | None = None
         self._w: dict[torch.dtype, Tensor] = {}
 
     def targets(self, chunk: launch.Chunk) -> Tensor:
@@ -99,9 +206,11 @@ class _Workspace:
         shape = self._shape(chunk)
         return self._targets[:, : math.prod(shape)].view(-1, *shape)
 
-    def map(self, chunk: launch.Chunk) -> Tensor | None:
-        """(B, slots, keys) float32; None where the loss makes no map of the student."""
-        return None if self._map is None else self._view(self._map, chunk)
+    def map(self, chunk: launch.Chunk) -> Tensor:
+        """(B, slots, keys) float32."""
+        if self._map is None:
+            self._map = self._empty((self._cells,), torch.float32)
+        return self._view(self._map, chunk)
 
     def w(self, chunk: launch.Chunk, like: Tensor) -> Tensor:
         """(B, slots, keys): bfloat16 for bfloat16 models, else float32."""
@@ -169,10 +278,11 @@ class _Student:
         heads, tokens, sums = self._heads, self.tokens, self._sums[number]
         needed = self._dq is not None or self._planes is not None
         w = work.w(chunk, heads.query) if needed else None
-        targets, own, logs = work.targets(chunk), work.map(chunk), None
-        if own is None:
+        targets, logs = work.targets(chunk), None
+        if self._loss == "mse":
             launch.mse(heads, tokens, chunk, targets, group, w, sums)
         else:
+            own = work.map(chunk)
             launch.map_tile(heads, tokens, chunk, own, log=self._in_logs)
             launch.row_loss(
                 self._loss, tokens, chunk, own, targets, group, w, sums, log=self._in_logs

@@ -6,6 +6,7 @@ that with the least idle time is taken, found from the last row backwards.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,9 +43,9 @@ class Kernel:
 
 
 def cut(
-    student: tuple[Tensor, Tensor],
-    teacher: tuple[Tensor, Tensor],
+    models: Sequence[tuple[Tensor, Tensor]],
     *,
+    learns: bool,
     num_maps: int,
     region: bool,
     grows: bool,
@@ -52,28 +53,28 @@ def cut(
     """Chunks of all rows.
 
     Args:
-        student: queries (B, H, N, D) and keys of a layer.
-        teacher: the same of a teacher's layer.
+        models: queries (B, H, N, D) and keys of a layer of each model whose maps are made.
+        learns: whether the first of them gets gradients.
         num_maps: float32 workspaces that are needed at once, beside W.
         region: whether only some rows and keys are looked at.
         grows: whether rows see no keys behind themselves, and are all taken in order: then
             workspaces are as wide as their last row.
     """
-    B, H, N, D = student[0].shape
-    budget = CHUNK_BYTES // (B * (4 * num_maps + min(4, student[0].element_size())))
+    query = models[0][0]
+    B, H, N, D = query.shape
+    budget = CHUNK_BYTES // (B * (4 * num_maps + min(4, query.element_size())))
     if N >= HALVED:
         budget = min(budget, 9 * N * N // 16)
     least = min(MIN_ROWS, N // 2) if N >= HALVED else MIN_ROWS
     kernels = [
         Kernel(*launch.map_tile_size(*each, region=region), B, each[0].shape[1] * each[0].shape[3])
-        for each in (student, teacher)
+        for each in models
     ]
-    rows, packs = launch_dq_dk.dq_tile_size(*student, region=region)
-    kernels.append(Kernel(rows, None, B * packs, 3 * H * D))
+    if learns:
+        rows, packs = launch_dq_dk.dq_tile_size(*models[0], region=region)
+        kernels.append(Kernel(rows, None, B * packs, 3 * H * D))
     step = STEP * -(-N // (STEP * MAX_STEPS))
-    ends = _ends(
-        -(-N // step), step, budget, least, launch.programs(student[0]), (*kernels,), grows
-    )
+    ends = _ends(-(-N // step), step, budget, least, launch.programs(query), (*kernels,), grows)
     firsts = [0, *(end for end in ends if end < N)]
     return [
         launch.Chunk(first, end - first, end if grows else N)

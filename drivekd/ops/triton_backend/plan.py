@@ -21,7 +21,10 @@ class TeacherMap:
 
 @dataclass(frozen=True)
 class Step:
-    """One student layer of a chunk: maps to make first, as (map, slot), and its group's slots."""
+    """One student layer of a chunk: maps to make first, as (map, slot), and its group's slots.
+
+    Where targets are to be made it is one of these.
+    """
 
     student: int
     new: tuple[tuple[TeacherMap, int], ...]
@@ -31,14 +34,16 @@ class Step:
 class Plan:
     """The order of work, from shapes and groups alone.
 
+    With given targets there are no teacher maps, and the one workspace is each layer's in turn.
+    Without student layers (targets are to be made) there are only teacher maps.
+
     Raises:
         NotImplementedError: more than `MAX_MAPS` teacher maps would be needed at once.
     """
 
     def __init__(self, inputs: AttentionMapLossInputs) -> None:
-        self.in_logs = inputs.loss == "kl" or (
-            inputs.loss == "cosine" and inputs.layout.is_text is not None
-        )
+        region = inputs.layout.is_text is not None
+        self.in_logs = inputs.loss == "kl" or (inputs.loss == "cosine" and region)
         self.steps, self.num_slots = _schedule(inputs)
         if self.num_slots > MAX_MAPS:
             raise NotImplementedError(
@@ -46,11 +51,9 @@ class Plan:
                 f"{MAX_MAPS}; use smaller groups or backend='torch'"
             )
         self.maps = {each for step in self.steps for each, _ in step.new}
-        student, teacher = inputs.student[0], inputs.teacher[0]
-        region = inputs.layout.is_text is not None
         self.chunks = cut(
-            (student.query, student.key),
-            (teacher.query, teacher.key),
+            [(each[0].query, each[0].key) for each in (inputs.student, inputs.teacher) if each],
+            learns=bool(inputs.student),
             num_maps=self.num_slots + (inputs.loss != "mse"),
             region=region,
             grows=inputs.layout.causal and not region,
@@ -59,7 +62,12 @@ class Plan:
 
 def _schedule(inputs: AttentionMapLossInputs) -> tuple[list[Step], int]:
     """Student layers in order; a slot is free again after the last group that reads it."""
-    groups = [_members(inputs, i) for i in range(len(inputs.student))]
+    if inputs.given:
+        return [Step(i, (), (0,)) for i in range(len(inputs.student))], 1
+    groups = [
+        list(_with_copies(group, window))
+        for group, window in zip(inputs.groups, inputs.windows, strict=True)
+    ]
     left = Counter(each for group in groups for each in group)
     place: dict[TeacherMap, int] = {}
     free: list[int] = []
@@ -79,10 +87,6 @@ def _schedule(inputs: AttentionMapLossInputs) -> tuple[list[Step], int]:
             if left[each] == 0:
                 free.append(place[each])
     return steps, num_slots
-
-
-def _members(inputs: AttentionMapLossInputs, student: int) -> list[TeacherMap]:
-    return list(_with_copies(inputs.groups[student], inputs.windows[student]))
 
 
 def _with_copies(group: tuple[int, ...], window: int | None) -> Iterator[TeacherMap]:
