@@ -1,8 +1,9 @@
 """What was measured on GPUs, as tables, verdicts on the targets and plots.
 
 `results/<gpu>/` holds the files of `on_gpu.sh`: `machine.json`, and the rounds of every benchmark
-in pytest-benchmark's JSON. A ratio of two ways is the median over rounds of the ratio within a
-round, in which both ran, one after the other.
+in pytest-benchmark's JSON; `ceilings.json`, where there is one, is what floors are made of. A ratio
+of two ways is the median over rounds of the ratio within a round, in which both ran, one after the
+other.
 """
 
 from __future__ import annotations
@@ -14,14 +15,11 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from benchmarks.devices import Device, device_of, pair_floor_ps
 from benchmarks.shapes import GPU_MODELS, GPU_PAIRS
 
 NOT_MEASURED = "not measured yet"
 BASELINES = ("eager", "compiled", "chunked", "sdpa")
-
-# Picoseconds of each visible cell at least, an H200's floors: log-sum-exp, map, dq, dk of 14 heads
-# of 64; log-sum-exp and map of 28 heads of 128.
-FLOORS_PS = {"internvl3-1b-from-8b": 14 * (0.24 + 0.24 + 0.33 + 0.33) + 28 * (0.33 + 0.33)}
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,7 @@ class Measurements:
     name: str
     machine: dict[str, Any]
     records: dict[tuple[str, str, str], Record]  # shape, mode, way
+    device: Device  # what its floors are made of
 
     def get(self, shape: str, way: str, mode: str = "both") -> Record | None:
         """The record, if it was run."""
@@ -85,14 +84,14 @@ def load(folder: Path) -> Measurements:
     for path in sorted(folder.glob("*.json")):
         if path.name == "machine.json":
             continue
-        for benchmark in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]:
+        for benchmark in json.loads(path.read_text(encoding="utf-8")).get("benchmarks", ()):
             facts = benchmark["extra_info"]
             if "outcome" not in facts:  # of the CPU, or cut off by the end of the stage
                 continue
             if facts["dry"]:
                 raise ValueError(f"{path} comes from a dry run (DRIVEKD_DRY=1); measure on a GPU")
             records[facts["shape"], facts.get("mode", ""), facts["way"]] = Record(facts)
-    return Measurements(folder.name, machine, records)
+    return Measurements(folder.name, machine, records, device_of(folder, machine["gpu"]))
 
 
 def machines(results: Path) -> list[Measurements]:
@@ -278,14 +277,13 @@ def _with_lse(shape: str) -> Callable[..., float | None]:
 
 
 def _floor(measured: Measurements, model: str) -> float | str | None:
-    if model not in FLOORS_PS:
-        return "no floor known"
     fused = measured.get(f"{model}/full-65536", "fused")
     if fused is None:
         return None
     if not fused.measured:
         return "**out of memory**"
-    return fused.milliseconds / (FLOORS_PS[model] * 65536 * 65537 / 2 * 1e-9)
+    cells = 65536 * 65537 / 2
+    return fused.milliseconds / (1e-9 * cells * pair_floor_ps(measured.device, *GPU_MODELS[model]))
 
 
 def _error(measured: Measurements, model: str) -> float | None:

@@ -5,34 +5,19 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import gpu, measured, report
+from benchmarks.devices import DEVICES, pair_floor_ps
 from benchmarks.shapes import GPU_MODELS, GPU_PAIRS
+from tests.helpers.stages import QUICK, ROOT, stage
 
 pytest.importorskip("pytest_benchmark")
 
-ROOT = Path(__file__).resolve().parents[2]
 FULL = {"both": ("fused", "fused-lse", "eager", "compiled", "chunked", "sdpa"),
         "forward": ("fused", "eager", "chunked", "sdpa")}  # fmt: skip
-
-
-# The torch backend stands in for the kernels, whose interpreter takes its time.
-QUICK = {**os.environ, "DRIVEKD_DRY": "1", "TRITON_INTERPRET": "0"}
-
-
-def stage(out, *arguments):
-    return subprocess.run(
-        ["bash", "benchmarks/on_gpu.sh", *arguments],
-        cwd=ROOT,
-        env={**QUICK, "OUT": str(out), "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -238,9 +223,27 @@ def test_targets_are_judged(dry, tmp_path):
     assert "0.8x met" in lines(page, "time of sdpa, N = 8192")[0]
     assert "0.4x met" in lines(page, "time of sdpa, 6 views, lse given")[0]
     assert "90 % met" in lines(page, "gram of 4")[0]
-    assert lines(page, "time of its floor")[0].count("no floor known") == 2
-    floor = 34.44 * 65536 * 65537 / 2 * 1e-9
-    assert f"{4 / floor:.3g}x met" in lines(page, "time of its floor")[0]
+    (row,) = lines(page, "time of its floor")
+    for pair in GPU_MODELS.values():
+        floor = 1e-9 * 65536 * 65537 / 2 * pair_floor_ps(DEVICES["H200"], *pair)
+        assert f"{4 / floor:.3g}x met" in row
+
+
+def test_the_floor_is_made_of_measured_ceilings_where_there_are_any(dry, tmp_path, monkeypatch):
+    pretend(dry, tmp_path / "some-gpu")
+    before = measured.load(tmp_path / "some-gpu")
+    slow = DEVICES["H200"].at(DEVICES["H200"].clock_ghz / 2)
+    monkeypatch.setattr(measured, "device_of", lambda folder, gpu: slow)
+    after = measured.load(tmp_path / "some-gpu")
+    for model in GPU_MODELS:
+        ratio = measured._floor(before, model) / measured._floor(after, model)
+        assert ratio == pytest.approx(2)
+
+
+def test_files_of_other_stages_are_no_benchmarks(dry, tmp_path):
+    pretend(dry, tmp_path / "some-gpu")
+    (tmp_path / "some-gpu" / "kernels.json").write_text(json.dumps({"dry": False, "cases": []}))
+    assert measured.load(tmp_path / "some-gpu").records
 
 
 def test_missed_targets_and_missing_or_too_large_runs_are_said(dry, tmp_path):
