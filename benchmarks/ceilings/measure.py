@@ -140,6 +140,7 @@ def _read(total: int, working_set: int, clock: Clock) -> dict[str, Any]:
     tile = 4 * kernels.READ_BLOCK
     programs = kernels.READ_PROGRAMS * machine()["sms"]
     trips = max(1, total // (tile * programs))
+    assert DRY or working_set // tile >= programs, "programs begin at different tiles"
     data = torch.ones(working_set // 4, dtype=torch.int32, device=DEVICE)
     out = torch.empty(programs, dtype=torch.int32, device=DEVICE)
 
