@@ -178,17 +178,18 @@ def named_device(gpu: str) -> Device | None:
     return next((each for name, each in DEVICES.items() if name in gpu), None)
 
 
+def pass_floor_ps(device: Device, products: int, head_dim: int) -> float:
+    """Picoseconds of each visible cell and head at least: one exp2, or some products."""
+    return max(device.exp2_ps(), products * device.product_ps(head_dim))
+
+
 def pair_floor_ps(device: Device, student: Heads, teacher: Heads) -> float:
     """Picoseconds of each visible cell at least: loss and both gradients of a layer pair.
 
-    Of each head the larger of one exp2 and the products, per pass: log-sum-exp and map one product,
-    of both models; dq two (scores again, and dS k), dk two. dq has to know delta: the kernels make
-    it on the way, with a third product that is no part of this floor.
+    Per pass the larger of one exp2 and its products: log-sum-exp and map have one, of both models;
+    dq two (scores again, and dS k), dk two. dq has to know delta: the kernels make it on the way,
+    with a third product that is no part of this floor.
     """
     (H_s, _, D_s), (H_t, _, D_t) = student, teacher
-
-    def a_pass(products: int, head_dim: int) -> float:
-        return max(device.exp2_ps(), products * device.product_ps(head_dim))
-
-    of_student = 2 * a_pass(1, D_s) + 2 * a_pass(2, D_s)
-    return H_s * of_student + H_t * 2 * a_pass(1, D_t)
+    of_student = 2 * pass_floor_ps(device, 1, D_s) + 2 * pass_floor_ps(device, 2, D_s)
+    return H_s * of_student + H_t * 2 * pass_floor_ps(device, 1, D_t)

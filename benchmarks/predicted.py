@@ -18,8 +18,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.devices import DEVICES, Device, load_ceilings
+from benchmarks.devices import (
+    DEVICES,
+    Device,
+    load_ceilings,
+    pair_floor_ps,
+    pass_floor_ps,
+)
 from benchmarks.measured import NOT_MEASURED, _table
+from benchmarks.shapes import GPU_MODELS
 
 RESULTS = Path(__file__).parent / "results"
 NAMED = ("H200", "H100")
@@ -187,31 +194,42 @@ def section(results: Path = RESULTS) -> str:
             f"Time of each kernel: **{NOT_MEASURED}**. `benchmarks/on_gpu.sh kernels` measures, "
             "`python -m benchmarks.predicted` predicts, `python -m benchmarks.report` compares."
         )
-    named = results / "predictions.json"
-    return "\n\n".join(_machine(folder, list(rows(folder, named))) for folder in folders)
+    return "\n\n".join(_machine(folder, results / "predictions.json") for folder in folders)
 
 
-def _machine(folder: Path, all_rows: list[Row]) -> str:
-    ceilings = folder / "ceilings.json"
-    constants = "reported and assumed constants; its ceilings are not measured"
-    if (folder / "predictions.json").exists() and ceilings.exists():
-        device = load_ceilings(ceilings).device()
-        constants = (
-            f"its ceilings: {device.clock_ghz:.3f} GHz during a pass, {device.mma_tflops:.0f} "
-            f"TFLOP/s at that clock, L2 {device.l2_tbps:.2f} TB/s, copy {device.hbm_tbps:.2f} "
-            f"TB/s, {device.exp2_per_clock:.1f} EX2 a clock and multiprocessor, "
-            f"{device.start_clocks:.0f} clocks a start"
-        )
+def floors(results: Path = RESULTS) -> str:
+    """Picoseconds of each visible cell at least, of named and of measured devices, a clock each."""
+    devices = [DEVICES[name] for name in NAMED]
+    devices += [load_ceilings(path).device() for path in sorted(results.glob("*/ceilings.json"))]
+    head = ["device", "clock", "1 product, D = 64", "2", "1 product, D = 128", "2", *GPU_MODELS]
+    body = [
+        [
+            device.name + (", assumed" if device.assumed else ", measured"),
+            f"{device.clock_ghz:.3f} GHz",
+            *(f"{pass_floor_ps(device, n, D):.3f}" for D in (64, 128) for n in (1, 2)),
+            *(f"{pair_floor_ps(device, *pair):.1f}" for pair in GPU_MODELS.values()),
+        ]
+        for device in devices
+    ]
+    return _table(head, body)
+
+
+def _machine(folder: Path, named: Path) -> str:
+    content = json.loads((folder / "kernels.json").read_text(encoding="utf-8"))
+    all_rows = list(rows(folder, named))
     names = [name for name in (*PASSES, "others") if any(row.name == name for row in all_rows)]
     cells = {(row.shape, row.loss, row.name): row for row in all_rows}
     body = [
         [f"{shape} {loss}".strip(), *(_cell(cells.get((shape, loss, name))) for name in names)]
         for shape, loss in dict.fromkeys((row.shape, row.loss) for row in all_rows)
     ]
+    clocks = [case["sm_mhz"] for case in content["cases"]]
     parts = [
-        f"**{folder.name}**, predicted with {constants}. Milliseconds measured (and in units of "
-        "the prediction; bold where they differ by more than 30 %); `others` are kernels about "
-        "tokens and operations of torch, which are not predicted.",
+        f"**{folder.name}**, predicted with {_constants(folder)}. Milliseconds measured (and in "
+        "units of the prediction; bold where they differ by more than 30 %). `others`: kernels "
+        "about tokens and operations of torch, not predicted. SM clock during these calls "
+        f"{min(clocks):.0f}-{max(clocks):.0f} MHz; an empty kernel timed so: "
+        f"{1e3 * median(content['empty_ms']):.1f} us.",
         _table(["call", *names], body),
         f"Differences over 30 %:\n\n{_differences(all_rows)}",
     ]
@@ -221,6 +239,20 @@ def _machine(folder: Path, all_rows: list[Row]) -> str:
     if worst:
         parts.append(f"Slowest in units of their floors: {', '.join(worst)}.")
     return "\n\n".join(parts)
+
+
+def _constants(folder: Path) -> str:
+    """What a machine's predictions are made of."""
+    path = folder / "predictions.json"
+    if not path.exists():
+        return "reported and assumed constants; not with its ceilings"
+    device = json.loads(path.read_text(encoding="utf-8"))["device"]
+    return (
+        f"its ceilings: {device['clock_ghz']:.3f} GHz during a pass, {device['mma_tflops']:.0f} "
+        f"TFLOP/s at that clock, L2 {device['l2_tbps']:.2f} TB/s, copy {device['hbm_tbps']:.2f} "
+        f"TB/s, {device['exp2_per_clock']:.1f} EX2 a clock and multiprocessor, "
+        f"{device['start_clocks']:.0f} clocks a start"
+    )
 
 
 def _cell(row: Row | None) -> str:

@@ -50,7 +50,7 @@ def gpu_section() -> str:
 
 
 SECTIONS = {"demo": demo_section, "gpu": gpu_section}
-OF_BENCHMARKS = {"kernels": predicted.section}
+OF_BENCHMARKS = {"kernels": predicted.section, "floors": predicted.floors}
 PAGES = {"README.md": SECTIONS, "benchmarks/README.md": OF_BENCHMARKS}
 
 

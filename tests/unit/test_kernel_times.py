@@ -1,10 +1,12 @@
 """Times of single launches, gone through on the CPU, and beside them what was predicted."""
 
+import dataclasses
 import json
 
 import pytest
 
 from benchmarks import predicted, report
+from benchmarks.devices import DEVICES
 from benchmarks.shapes import GPU_MODELS
 from tests.helpers.stages import ROOT, stage
 
@@ -91,10 +93,11 @@ def results(tmp_path):
     content = {
         "dry": False,
         "machine": {"gpu": "NVIDIA H100 80GB HBM3"},
+        "empty_ms": [0.002, 0.003, 0.002],
         "cases": [
-            {"shape": FULL, "loss": "mse",
+            {"shape": FULL, "loss": "mse", "sm_mhz": 1700.0,
              "launches": launches(lse_teacher=0.44, dq=0.6, dk=0.1, tokens=0.01)},
-            {"shape": "internvl3-1b-from-8b/full-20480", "loss": "mse",
+            {"shape": "internvl3-1b-from-8b/full-20480", "loss": "mse", "sm_mhz": 1900.0,
              "launches": launches(dq=1.0)},
         ],
     }  # fmt: skip
@@ -118,7 +121,8 @@ def test_passes_are_joined_with_what_was_predicted_for_that_gpu(results):
 
 
 def test_predictions_from_measured_ceilings_replace_the_named_ones(results):
-    own = {"cases": [case(FULL, "mse", dq=0.5)]}
+    device = dataclasses.asdict(DEVICES["H100"].at(1.8))
+    own = {"device": device, "cases": [case(FULL, "mse", dq=0.5)]}
     (results / "some-h100" / "predictions.json").write_text(json.dumps(own))
     rows = {
         row.name: row
@@ -127,6 +131,7 @@ def test_predictions_from_measured_ceilings_replace_the_named_ones(results):
     }
     assert rows["dq"].ratio == pytest.approx(1.2) and rows["dq"].before == 0.3
     assert rows["lse teacher"].ratio == pytest.approx(1.1)  # not predicted anew
+    assert "1.800 GHz during a pass, 818 TFLOP/s at that clock" in predicted.section(results)
 
 
 def test_tables_mark_differences_and_name_the_slowest(results):
@@ -134,6 +139,7 @@ def test_tables_mark_differences_and_name_the_slowest(results):
     (row,) = (line for line in page.splitlines() if line.startswith(f"| {FULL} mse"))
     assert "| 0.440 (1.10) | **0.600 (2.00)** | **0.100 (0.50)** | 0.010 |" in row
     assert f"| dq | {FULL} mse | 0.300 | 0.300 | 0.600 | 2.00 | 2.50 | L2 |" in page
+    assert "SM clock during these calls 1700-1900 MHz; an empty kernel timed so: 2.0 us" in page
     assert f"Slowest in units of their floors: dq of {FULL} mse (2.50x), lse teacher" in page
 
 
