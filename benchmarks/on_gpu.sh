@@ -73,14 +73,19 @@ case $stage in
       exit
     fi
     command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on this machine" >&2; exit 3; }
-    "$PYTHON" -c 'import torch, drivekd._C; torch.ops.drivekd_native.cuda_version' ||
+    "$PYTHON" -c 'import torch, drivekd._C; torch.ops.drivekd_native.cuda_version' 2>/dev/null ||
       echo "the extension is not built with CUDA: the kernels of csrc are NOT covered" | tee "$out/sanitize.txt"
-    # Without torch's own cache of memory every tensor ends where its allocation ends.
+    failed=0
+    whole=$deadline
     for tool in memcheck racecheck; do
+      [ $tool = racecheck ] || deadline=$(((SECONDS + whole) / 2))
+      # Without torch's own cache of memory every tensor ends where its allocation ends.
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 within compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
         "$PYTHON" -m pytest -q -o addopts= -p no:cacheprovider -W ignore::pytest.PytestConfigWarning \
-        -m gpu "${checked[@]}" -k "$names" | tee "$out/$tool.txt"
+        -m gpu "${checked[@]}" -k "$names" | tee "$out/$tool.txt" || failed=1
+      deadline=$whole
     done
+    exit $failed
     ;;
   ceilings)
     within "$PYTHON" -m benchmarks.ceilings "$out/ceilings.json" | tee "$out/ceilings.txt"
