@@ -1,8 +1,9 @@
 """What was measured on GPUs, and the targets that it is held to; measured_tables.py prints.
 
 `results/<gpu>/` holds the files of `on_gpu.sh`: `machine.json`, and the rounds of every benchmark
-in pytest-benchmark's JSON, or in the lines that a stage leaves which was killed. A ratio of two
-ways is the median over rounds of the ratio within a round, in which both ran, one after the other.
+in pytest-benchmark's JSON, or in the lines that a stage leaves which was killed; `ceilings.json`,
+where there is one, is what floors are made of. A ratio of two ways is the median over rounds of the
+ratio within a round, in which both ran, one after the other.
 """
 
 from __future__ import annotations
@@ -14,15 +15,12 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from benchmarks.shapes import GPU_PAIRS, GPU_STEPS
+from benchmarks.devices import Device, device_of, pair_floor_ps
+from benchmarks.shapes import GPU_MODELS, GPU_PAIRS, GPU_STEPS
 
 NOT_MEASURED = "not measured yet"
 BASELINES = ("eager", "compiled", "chunked", "sdpa")
 GRADIENTS = "gradients-494m"
-
-# Picoseconds of each visible cell at least, an H200's floors: log-sum-exp, map, dq, dk of 14 heads
-# of 64; log-sum-exp and map of 28 heads of 128.
-FLOORS_PS = {"internvl3-1b-from-8b": 14 * (0.24 + 0.24 + 0.33 + 0.33) + 28 * (0.33 + 0.33)}
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,7 @@ class Measurements:
     name: str
     machine: dict[str, Any]
     records: dict[tuple[str, str, str], Record]  # shape, mode, way
+    device: Device  # what its floors are made of
 
     def get(self, shape: str, way: str, mode: str = "both") -> Record | None:
         """The record, if it was run."""
@@ -97,7 +96,7 @@ def load(folder: Path) -> Measurements:
             if facts["dry"]:
                 raise ValueError(f"{path} comes from a dry run (DRIVEKD_DRY=1); measure on a GPU")
             records[facts["shape"], facts.get("mode", ""), facts["way"]] = Record(facts)
-    return Measurements(folder.name, machine, records)
+    return Measurements(folder.name, machine, records, device_of(folder, machine["gpu"]))
 
 
 def _facts(path: Path) -> Iterator[dict[str, Any]]:
@@ -107,7 +106,7 @@ def _facts(path: Path) -> Iterator[dict[str, Any]]:
         *whole, _ = text.split("\n")  # the last line may have been cut off
         yield from map(json.loads, whole)
     elif path.name != "machine.json":
-        for benchmark in json.loads(text)["benchmarks"]:
+        for benchmark in json.loads(text).get("benchmarks", ()):  # none in those of other stages
             if "outcome" in benchmark["extra_info"]:  # not of the CPU, nor cut off by the end
                 yield benchmark["extra_info"]
 
@@ -191,14 +190,13 @@ def _with_lse(shape: str) -> Callable[..., float | None]:
 
 
 def _floor(measured: Measurements, model: str) -> float | str | None:
-    if model not in FLOORS_PS:
-        return "no floor known"
     fused = measured.get(f"{model}/full-65536", "fused")
     if fused is None:
         return None
     if not fused.measured:
         return "**out of memory**"
-    return fused.milliseconds / (FLOORS_PS[model] * 65536 * 65537 / 2 * 1e-9)
+    cells = 65536 * 65537 / 2
+    return fused.milliseconds / (1e-9 * cells * pair_floor_ps(measured.device, *GPU_MODELS[model]))
 
 
 def _error(measured: Measurements, model: str) -> float | None:

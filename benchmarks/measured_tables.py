@@ -69,7 +69,7 @@ def _speed_table(measured: Measurements, kind: str) -> str:
     head = ["shape", "forward ms", "gradient ms", "both ms", "extra MiB", *BASELINES]
     if kind == "t2v":
         head.append("lse given")
-    return _table(head, [_speed_row(measured, shape, kind) for shape in shapes])
+    return table(head, [_speed_row(measured, shape, kind) for shape in shapes])
 
 
 def _speed_row(measured: Measurements, shape: str, kind: str) -> list[str]:
@@ -116,7 +116,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, [":--", *["--:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -145,7 +145,7 @@ def _steps_table(measured: Measurements) -> str:
             record = measured.get(shape, way, "")
             if record is not None:
                 rows.append([shape, way, *_step_cells(record)])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _agp_table(measured: Measurements) -> str:
@@ -158,7 +158,7 @@ def _agp_table(measured: Measurements) -> str:
             share = f"{100 / record.times_of_beside:.0f} %" if moved else ""
             whole = _number(record.buffers) if way in ("projection", "public") else ""
             rows.append([way, _milliseconds(record), share, whole])
-    return _table(["way", "ms", "of copy bandwidth", "buffers alive"], rows)
+    return table(["way", "ms", "of copy bandwidth", "buffers alive"], rows)
 
 
 def _step_cells(record: Record) -> list[str]:
@@ -187,7 +187,7 @@ def _targets_table(measured: Measurements) -> str:
     rows += [
         [each.what, each.wanted, _verdict(each, measured, ""), *beside] for each in TRAINING_TARGETS
     ]
-    return _table(["target", "wanted", *GPU_MODELS], rows)
+    return table(["target", "wanted", *GPU_MODELS], rows)
 
 
 def _verdict(target: Target, measured: Measurements, model: str) -> str:

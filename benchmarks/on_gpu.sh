@@ -2,7 +2,13 @@
 # Stages of a session on a GPU machine, without a network; each ends when its time is up
 # (README.md says what they are expected to take; SECONDS_A_STAGE gives another limit):
 #   benchmarks/on_gpu.sh test [PYTEST ARGUMENTS]   correctness: everything marked gpu, skips forbidden
-#   benchmarks/on_gpu.sh sanitize                  compute-sanitizer on the kernels at small shapes
+#   benchmarks/on_gpu.sh sanitize                  compute-sanitizer on the kernels at small shapes, those
+#                                                  of csrc too (which it builds)
+#   benchmarks/on_gpu.sh ceilings                  what this GPU can do at most: bandwidths, products, exp2,
+#                                                  launches, and the SM clock during each -> ceilings.json
+#   benchmarks/on_gpu.sh kernels                   time of every launch of a call -> kernels.json
+#   benchmarks/on_gpu.sh ncu [SHAPE LOSS PASS ...] hardware counters of single launches -> ncu.csv, ncu.txt
+#                                                  (dq and dk of internvl3-1b-from-8b/full-8192 mse)
 #   benchmarks/on_gpu.sh loss MODEL KIND           the loss at a model pair's shapes
 #                                                  (internvl3-1b, internvl3-2b, qwen2.5-vl-3b; t2v, full)
 #   benchmarks/on_gpu.sh gram                      gradient projection
@@ -17,7 +23,7 @@ cd "$(dirname "$0")/.."
 stage=${1:?which stage? see the head of this file}
 shift
 case $stage in
-  test | sanitize | loss | gram | step | build) ;;
+  test | sanitize | ceilings | kernels | ncu | loss | gram | step | build) ;;
   *)
     echo "no stage '$stage'; see the head of this file" >&2
     exit 2
@@ -31,6 +37,9 @@ case "$stage ${2:-}" in # a third more than what they are expected to take
   "loss "*) limit=100 ;;
   gram*) limit=80 ;;
   step*) limit=120 ;;
+  ceilings*) limit=45 ;;
+  kernels*) limit=100 ;;
+  ncu*) limit=160 ;;
   *) limit=460 ;;
 esac
 SECONDS_A_STAGE=${SECONDS_A_STAGE:-$limit}
@@ -38,6 +47,7 @@ deadline=$((SECONDS + SECONDS_A_STAGE))
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 # tests ask for deterministic algorithms
 dry=${DRIVEKD_DRY:-0}
+case $stage in ceilings | kernels | ncu) export TRITON_INTERPRET=0 ;; esac # dry runs record launches
 
 within() { # the command, interrupted when the stage's time is over, so that pytest still writes
   timeout --signal=INT --kill-after=15 "$((deadline > SECONDS ? deadline - SECONDS : 1))" "$@"
@@ -73,12 +83,53 @@ case $stage in
       --ignore tests/kernels/test_offline.py "${@:-tests/kernels}" | tee "$out/test.txt"
     ;;
   sanitize)
+    names="odd_lengths or padding or random_absences or unaligned or small_ragged"
+    checked=(tests/kernels/test_triton_attention.py tests/kernels/test_triton_gradient_gpu.py tests/kernels/test_native_gradient_gpu.py)
+    if [ "$dry" = 1 ]; then
+      tests --collect-only "${checked[@]}" -k "$names" | tee "$out/sanitize.txt"
+      exit
+    fi
     command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on this machine" >&2; exit 3; }
+    "$PYTHON" -c 'import torch, drivekd._C; torch.ops.drivekd_native.cuda_version' 2>/dev/null ||
+      echo "the extension is not built with CUDA: the kernels of csrc are NOT covered" | tee "$out/sanitize.txt"
+    failed=0
+    whole=$deadline
     for tool in memcheck racecheck; do
-      within compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
+      [ $tool = racecheck ] || deadline=$(((SECONDS + whole) / 2))
+      # Without torch's own cache of memory every tensor ends where its allocation ends.
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 within compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
         "$PYTHON" -m pytest -q -o addopts= -p no:cacheprovider -W ignore::pytest.PytestConfigWarning \
-        -m gpu tests/kernels/test_triton_attention.py tests/kernels/test_triton_gradient_gpu.py -k "odd_lengths or padding or random_absences or unaligned" | tee "$out/$tool.txt"
+        -m gpu "${checked[@]}" -k "$names" | tee "$out/$tool.txt" || failed=1
+      deadline=$whole
     done
+    exit $failed
+    ;;
+  ceilings)
+    within "$PYTHON" -m benchmarks.ceilings "$out/ceilings.json" | tee "$out/ceilings.txt"
+    ;;
+  kernels)
+    [ "$dry" = 1 ] || within "$PYTHON" -m benchmarks.warm || echo "going on: what did not compile ahead is compiled later"
+    within "$PYTHON" -m benchmarks.kernel_times "$out/kernels.json" | tee "$out/kernels.txt"
+    ;;
+  ncu)
+    [ $# -gt 0 ] || set -- internvl3-1b-from-8b/full-8192 mse dq dk
+    profiled=("$PYTHON" -m benchmarks.counters run "$out" "$@")
+    if [ "$dry" = 1 ]; then
+      within "${profiled[@]}"
+      exit
+    fi
+    command -v ncu >/dev/null || { echo "ncu (Nsight Compute) is not on this machine" >&2; exit 3; }
+    report=$(mktemp -d)
+    sections=()
+    for name in SpeedOfLight ComputeWorkloadAnalysis 'regex:MemoryWorkloadAnalysis.*' LaunchStats Occupancy SchedulerStats WarpStateStats; do
+      sections+=(--section "$name")
+    done
+    within ncu --clock-control none --profile-from-start off --target-processes all \
+      "${sections[@]}" --export "$report/ncu" "${profiled[@]}"
+    ncu --import "$report/ncu.ncu-rep" --page raw --csv --print-units base >"$out/ncu.csv"
+    ncu --import "$report/ncu.ncu-rep" --page details >"$out/ncu.txt"
+    rm -r "$report"
+    "$PYTHON" -m benchmarks.counters table "$out" | tee "$out/ncu.md"
     ;;
   loss)
     model=${1:?which model pair?}

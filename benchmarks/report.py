@@ -1,4 +1,4 @@
-"""Puts measured results into README.md: `python -m benchmarks.report`.
+"""Puts measured results into README.md and benchmarks/README.md: `python -m benchmarks.report`.
 
 Everything between `<!-- NAME:begin -->` and `<!-- NAME:end -->` is made from files in
 `benchmarks/results/`; `--check` only says whether the page is up to date.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import measured, measured_tables
+from benchmarks import measured, measured_tables, predicted
 from drivekd.demo.settings import FULL_ARMS
 from drivekd.study.report import load_study
 from drivekd.study.schema import Study
@@ -85,38 +85,41 @@ def gpu_section() -> str:
 
 
 SECTIONS = {"demo": demo_section, "gpu": gpu_section}
+OF_BENCHMARKS = {"kernels": predicted.section, "floors": predicted.floors}
+PAGES = {"README.md": SECTIONS, "benchmarks/README.md": OF_BENCHMARKS}
 
 
-def fill(page: str) -> str:
+def fill(page: str, sections: Mapping[str, Callable[[], str]] = SECTIONS) -> str:
     """The page with every section made anew.
 
     Raises:
         ValueError: the page lacks a section's markers.
     """
-    for name, make in SECTIONS.items():
+    for name, make in sections.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         if begin not in page or end not in page:
-            raise ValueError(f"README.md has no {begin} ... {end}")
+            raise ValueError(f"the page has no {begin} ... {end}")
         section = f"{begin}\n{make()}\n{end}"
         page = re.sub(f"{begin}.*?{end}", lambda _, s=section: s, page, flags=re.DOTALL)
     return page
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of this module; 1 if `--check` finds the page out of date."""
+    """Command line of this module; 1 if `--check` finds a page out of date."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)
     if not options.check:
         for each in measured.machines(ROOT / RESULTS):
             measured_tables.plot(each, ROOT / RESULTS / each.name / "speed.png")
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = fill(old)
-    if options.check:
-        return int(new != old)
-    readme.write_text(new, encoding="utf-8")
-    return 0
+    changed = False
+    for name, sections in PAGES.items():
+        old = (ROOT / name).read_text(encoding="utf-8")
+        new = fill(old, sections)
+        changed |= new != old
+        if not options.check:
+            (ROOT / name).write_text(new, encoding="utf-8")
+    return int(options.check and changed)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from benchmarks.devices import DEVICES, Device, load_ceilings
 from benchmarks.offline import model, report, sweep
 from benchmarks.shapes import GPU_PAIRS
 
@@ -15,7 +17,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.offline", description=__doc__)
-    parser.add_argument("--arch", type=int, default=90, choices=(80, 90, 100))
+    of = parser.add_mutually_exclusive_group()
+    of.add_argument("--device", default="H200", choices=sorted(DEVICES))
+    of.add_argument("--ceilings", type=Path, help="of a GPU: a file of `on_gpu.sh ceilings`")
     parser.add_argument("--loss", default="mse", choices=("mse", "cosine", "kl"))
     parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
     parser.add_argument("--shape", action="append", help="a name or a part of it; default: all")
@@ -33,11 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
     group.add_argument("--tokens", type=int, default=8192)
     group.add_argument("--vision", type=int, default=0, help="vision keys; 0: the full map")
     chosen = parser.parse_args(arguments)
+    device = DEVICES[chosen.device]
+    if chosen.ceilings:
+        device = load_ceilings(chosen.ceilings).device()
     if chosen.explain:
-        print(model.explain())
+        print(model.explain((device,) if chosen.ceilings else tuple(DEVICES.values())))
         return 0
     if chosen.sweep:
-        return _sweep(chosen)
+        return _sweep(chosen, device)
     shapes = [
         name for name in GPU_PAIRS if not chosen.shape or any(each in name for each in chosen.shape)
     ]
@@ -48,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         results.append(
             report.report(
                 name,
-                arch=chosen.arch,
+                device=device,
                 loss=chosen.loss,
                 dtype=DTYPES[chosen.dtype],
                 lse=chosen.lse,
@@ -61,14 +68,14 @@ def main(arguments: list[str] | None = None) -> int:
         report.put_into(Path(__file__).parents[1] / "README.md", results)
     if chosen.json:
         content = {
-            "constants": model.constants(chosen.arch),
+            "constants": asdict(device),
             "reports": [r.to_json() for r in results],
         }
         chosen.json.write_text(json.dumps(content, indent=1))
     return 0
 
 
-def _sweep(chosen: argparse.Namespace) -> int:
+def _sweep(chosen: argparse.Namespace, device: Device) -> int:
     name, head_dim = chosen.sweep[0], int(chosen.sweep[1])
     heads = tuple(int(each) for each in chosen.heads.split(",")) if chosen.heads else None
     rows = []
@@ -77,7 +84,7 @@ def _sweep(chosen: argparse.Namespace) -> int:
         name,
         head_dim,
         tiles=sweep.parse_tiles(chosen.tiles) if chosen.tiles else None,
-        arch=chosen.arch,
+        device=device,
         num_tokens=chosen.tokens,
         num_vision=chosen.vision,
         loss=chosen.loss,
@@ -86,9 +93,7 @@ def _sweep(chosen: argparse.Namespace) -> int:
     ):
         rows.append(each)
         print(sweep.sweep_row(each), flush=True)
-    print(
-        f"\nranked: no spills first, then predicted ms of {chosen.tokens} tokens, sm_{chosen.arch}"
-    )
+    print(f"\nranked: no spills first, then predicted ms of {chosen.tokens} tokens, {device.name}")
     for each in sorted(rows, key=_rank):
         print(sweep.sweep_row(each))
     return 0

@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,9 @@ import torch
 from drivekd_kernels import gradient_launch
 from drivekd_kernels.gradient_table import CHUNK
 
+from benchmarks.devices import DEVICES, Device
 from benchmarks.offline import sass
 from benchmarks.offline.compiled import LIMITS, Compiled, _tool, compile_launch
-from benchmarks.offline.model import CLOCK_GHZ, DEVICES
 from benchmarks.offline.record import Launch, recorded
 from benchmarks.shapes import MODEL_GRADIENTS
 
@@ -65,16 +65,32 @@ def record(
     def make(size: int) -> torch.Tensor:
         return torch.empty(size + offset, dtype=dtype, device="meta")[offset:]
 
+    with recorded() as launches:
+        step(sizes, num_tasks, make, "meta", accumulate=accumulate)()
+    return launches
+
+
+def step(
+    sizes: Sequence[int],
+    num_tasks: int,
+    make: Callable[[int], torch.Tensor],
+    device: str,
+    *,
+    accumulate: bool = False,
+) -> Callable[[], None]:
+    """A Gram and a combination of tensors that lack no gradient, as something to call."""
     grads = [make(size) for size in sizes for _ in range(num_tasks)]
     tasks = list(range(num_tasks)) * len(sizes)
     offsets = list(range(0, len(grads) + 1, num_tasks))
     rows = [0] * len(sizes)
-    weights = torch.empty(1, num_tasks, dtype=torch.float64, device="meta")
+    weights = torch.ones(1, num_tasks, dtype=torch.float64, device=device)
     out = [make(size) for size in sizes]
-    with recorded() as launches:
+
+    def call() -> None:
         gradient_launch.gram(grads, tasks, offsets, rows, num_tasks, 1)
         gradient_launch.combine(out, grads, tasks, offsets, rows, weights, accumulate=accumulate)
-    return launches
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -182,11 +198,11 @@ def _cuda_kernels(name: str, arch: int) -> list[tuple[str, int, str]]:
     return [(kernel, int(registers[kernel]), text) for kernel, text in code]
 
 
-def predict(own: Binary, arch: int, elements: int) -> Prediction:
+def predict(own: Binary, device: Device, elements: int) -> Prediction:
     """Time of a launch over so many elements of each gradient."""
-    device, limits = DEVICES[arch], LIMITS[arch]
+    limits = LIMITS[device.arch]
     programs = -(-elements // CHUNK)
-    threads_a_second = CLOCK_GHZ * 1e9 * device.sms / (programs * own.threads)
+    threads_a_second = device.clock_ghz * 1e9 * device.sms / (programs * own.threads)
     trips = CHUNK / own.trip
 
     def ms(kind: str, lanes: float) -> float:
@@ -201,7 +217,7 @@ def predict(own: Binary, arch: int, elements: int) -> Prediction:
         {
             "HBM": moved / device.hbm_tbps / 1e9,
             "issue": 1e3 * total / (128 * threads_a_second),
-            "float64": ms("FP64", FP64_PER_CLOCK[arch]),
+            "float64": ms("FP64", FP64_PER_CLOCK[device.arch]),
             "conversions": ms("CONVERT64", CONVERTED_PER_CLOCK),
         },
         programs,
@@ -223,17 +239,18 @@ def _rows(arch: int, num_tasks: int) -> Iterator[tuple[str, Binary]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.offline.gradients")
-    parser.add_argument("--arch", type=int, nargs="*", default=[90], choices=sorted(DEVICES))
+    parser.add_argument("--device", nargs="*", default=["H200"], choices=sorted(DEVICES))
     parser.add_argument("--tasks", type=int, default=MODEL_GRADIENTS.tasks)
     chosen = parser.parse_args()
     print("Predicted from instruction counts, not measured. Milliseconds a pipe is busy.")
-    for arch in chosen.arch:
-        name = DEVICES[arch].name
-        print(f"\n{name}, K = {chosen.tasks}, {MODEL_GRADIENTS.elements / 1e6:.0f} M elements")
+    for device in (DEVICES[name] for name in chosen.device):
+        print(
+            f"\n{device.name}, K = {chosen.tasks}, {MODEL_GRADIENTS.elements / 1e6:.0f} M elements"
+        )
         columns = ("kernel", "dtype", "registers", "programs/SM", "KB in flight", *PIPES)
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-        for source, own in _rows(arch, chosen.tasks):
-            one = predict(own, arch, MODEL_GRADIENTS.elements)
+        for source, own in _rows(device.arch, chosen.tasks):
+            one = predict(own, device, MODEL_GRADIENTS.elements)
             pipes = " | ".join(f"{each:.2f}" for each in one.pipes.values())
             dtype = str(own.dtype).removeprefix("torch.")
             print(

@@ -4,8 +4,8 @@ A program's work is counted, not estimated: tiles that it visits (geometry.py) t
 compiled loop issues per tile (compiled.py), plus what is outside of loops. From it, per program,
 clocks of a multiprocessor's pipes:
 
-    MMA      multiply-adds of the matrix instructions at MMA_TFLOPS (TF32: half)
-    EX2      32 x warps per instruction, 16 a clock
+    MMA      multiply-adds of the matrix instructions at mma_tflops (TF32: half)
+    EX2      32 x warps per instruction, exp2_per_clock (16) a clock
     issue    warps per instruction, 4 a clock
     LSU      warps per load or store of up to 4 bytes a lane, 1 a clock; 8 and 16 bytes 2 and 4 (at
              least: lanes that touch many lines take longer); and the operands that matrix
@@ -18,62 +18,28 @@ loaded through L1 (plain LDG). Latency of loads that are not pipelined is not mo
 
 Overlap: one program alone runs its products and its other instructions one after the other, MMA +
 max(EX2, issue, LSU); r programs on one multiprocessor share the pipes. So a program that is one of
-r takes START_CLOCKS + max(r x largest pipe, MMA + max(EX2, issue, LSU)): with r = 1 the sum, from
+r takes start_clocks + max(r x largest pipe, MMA + max(EX2, issue, LSU)): with r = 1 the sum, from
 r = 2 on mostly the pipe. At most as many are resident as registers, shared memory and warps allow.
 Programs are given in their order to multiprocessors with a free place, and the rest speed up as
 others end: the last one to end is the launch's time, never less than its HBM bytes take. HBM bytes
 are compulsory: q, k, results once per launch; workspaces only if a chunk's do not fit in L2. Every
-launch costs LAUNCH_US more (eager, or in a CUDA graph).
+launch costs launch_us more (eager, or in a CUDA graph).
 
 The floor of a pass is the larger of MMA and EX2 for the cells that must be visited (kl's map: also
 its 9 float instructions at 4 x 32 lanes; it has no shorter form in the source; row losses: every
 map read once, W written once, at L2 bandwidth; given targets: T written once).
+
+A device (benchmarks/devices.py) has the constants: reported and assumed, or measured on it.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
+from benchmarks.devices import DEVICES, Device
 from benchmarks.offline.compiled import Compiled, exp2_needed
 from benchmarks.offline.geometry import Work
 from benchmarks.offline.record import Launch
-
-CLOCK_GHZ = 1.755  # under load; nominal is 1.98. One clock for everything here.
-START_CLOCKS = 1000  # assumed: a chain of dependent loads before a program's first product
-LAUNCH_US = {"eager": 3.0, "graph": 1.5}  # assumed
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU.
-
-    Attributes:
-        name: of the product.
-        sms: multiprocessors.
-        mma_tflops: 16-bit matrix products, as measured for a large one or 788/989 of the sheet.
-        l2_tbps: assumed, measure first.
-        hbm_tbps: of a copy.
-        l2_bytes: capacity that workspaces may count on.
-        exp2_per_clock: of a multiprocessor.
-    """
-
-    name: str
-    sms: int
-    mma_tflops: float
-    l2_tbps: float
-    hbm_tbps: float
-    l2_bytes: int
-    exp2_per_clock: int = 16
-
-
-# Only the H200's products and copies were measured (by others, DESIGN of the project); the other
-# rows are data sheets times the same shares, L2 bandwidths are guesses throughout.
-DEVICES = {
-    80: Device("A100", 108, 312 * 788 / 989, 4.0, 1.8, 40 * 2**20),
-    90: Device("H200", 132, 788.0, 5.5, 4.3, 60 * 2**20),
-    100: Device("B200", 148, 2250 * 788 / 989, 8.0, 7.0, 126 * 2**20),
-}
 
 
 @dataclass(frozen=True)
@@ -89,37 +55,31 @@ class Prediction:
     hbm_bytes: float
 
 
-def constants(arch: int) -> dict[str, Any]:
-    """What the model takes as given."""
-    return {
-        "clock_ghz": CLOCK_GHZ,
-        "start_clocks": START_CLOCKS,
-        "launch_us": LAUNCH_US,
-        "assumed": ["l2_tbps", "start_clocks", "launch_us"],
-        **asdict(DEVICES[arch]),
-    }
-
-
-def explain() -> str:
+def explain(devices: tuple[Device, ...] = tuple(DEVICES.values())) -> str:
     """The model in words, and its constants."""
-    rows = [f"sm_{arch}: {constants(arch)}" for arch in DEVICES]
-    return "\n".join([__doc__ or "", *rows])
+    return "\n".join([__doc__ or "", *(str(asdict(each)) for each in devices)])
 
 
 def predict(
-    launch: Launch, compiled: Compiled, work: Work, *, workspace_in_l2: bool, region: float = 1.0
+    launch: Launch,
+    compiled: Compiled,
+    work: Work,
+    device: Device,
+    *,
+    workspace_in_l2: bool,
+    region: float = 1.0,
 ) -> Prediction:
-    """Time of one launch on the GPU of its architecture.
+    """Time of one launch.
 
     Args:
         launch: what is launched.
         compiled: its binary.
         work: tiles of its programs.
+        device: of the architecture that it is compiled for.
         workspace_in_l2: whether a chunk's maps and W stay in L2.
         region: share of the keys that belong to the region: W is read for these only.
     """
-    device = DEVICES[compiled.arch]
-    clock = CLOCK_GHZ * 1e9
+    clock = device.clock_ghz * 1e9
     mma, exp2, issue, lsu, operands = _pipes(compiled, work, device)
     traffic = _l2_bytes(launch, compiled, work, region)
     l2 = traffic / (device.l2_tbps * 1e12 / device.sms / clock)
@@ -128,7 +88,7 @@ def predict(
     largest = np.maximum.reduce([mma, exp2, issue, lsu + operands, l2])
     if compiled.resident == 0:
         raise ValueError(f"{launch.name}: no program fits on a multiprocessor of {device.name}")
-    clocks = _makespan(serial, largest, device.sms, compiled.resident)
+    clocks = _makespan(serial, largest, device, compiled.resident)
     busy = clocks / clock * 1e3
 
     maps = _map_bytes(launch, work)
@@ -143,7 +103,7 @@ def predict(
         if live < 2 * device.sms:
             bound = "MMA+" + max(("EX2", "issue", "LSU"), key=lambda name: totals[name])
         bound += ", tail"
-    if START_CLOCKS * work.live.size > 0.5 * clocks * device.sms:
+    if device.start_clocks * work.live.size > 0.5 * clocks * device.sms:
         bound = "start"
     if hbm_ms > busy:
         bound = "HBM"
@@ -162,7 +122,7 @@ def _pipes(compiled: Compiled, work: Work, device: Device):
     """Clocks of the MMA, EX2, issue and LSU pipes and of operands, for each program."""
     exp2_clocks = 32 * compiled.warps / device.exp2_per_clock
     issue_clocks = compiled.warps / 4
-    macs_a_clock = device.mma_tflops * 1e12 / 2 / device.sms / (CLOCK_GHZ * 1e9)
+    macs_a_clock = device.mma_tflops * 1e12 / 2 / device.sms / (device.clock_ghz * 1e9)
     straight = compiled.code.straight
     if compiled.main is None:  # row losses: every loop is a sweep; given targets: see Work
         exp2 = np.full(work.masked.shape, straight.counts["EX2"] * exp2_clocks)
@@ -306,7 +266,7 @@ def _compulsory_bytes(launch: Launch) -> float:
 
 def _floor(launch: Launch, compiled: Compiled, work: Work, device: Device) -> float:
     """Seconds below which the pass cannot come, see the module."""
-    clock = CLOCK_GHZ * 1e9
+    clock = device.clock_ghz * 1e9
     if launch.name in ("rectangle", "largest"):
         return work.visible * 4 / (device.l2_tbps * 1e12)
     if compiled.main is None:
@@ -321,15 +281,15 @@ def _floor(launch: Launch, compiled: Compiled, work: Work, device: Device) -> fl
     return work.visible * max(mma, exp2, floats)
 
 
-def _makespan(serial, largest, sms: int, resident: int) -> float:
+def _makespan(serial, largest, device: Device, resident: int) -> float:
     """Clocks until the last program ends: programs in order, each to a place that is free.
 
-    A program among m on its multiprocessor takes START_CLOCKS + max(serial, m x largest) if that
+    A program among m on its multiprocessor takes start_clocks + max(serial, m x largest) if that
     does not change on the way; when one ends, the others go on faster.
     """
     count = serial.size
-    program = np.full((sms, resident), -1)
-    left = np.zeros((sms, resident))  # share of the program that is still to do
+    program = np.full((device.sms, resident), -1)
+    left = np.zeros((device.sms, resident))  # share of the program that is still to do
     following, now = 0, 0.0
     while True:
         free = np.argwhere(program.T < 0)[:, ::-1]  # first every multiprocessor's first place
@@ -342,11 +302,11 @@ def _makespan(serial, largest, sms: int, resident: int) -> float:
         if not busy.any():
             return now
         sharing = busy.sum(1, keepdims=True)
-        lasts = START_CLOCKS + np.maximum(serial[program], sharing * largest[program])
+        lasts = device.start_clocks + np.maximum(serial[program], sharing * largest[program])
         to_do = np.where(busy, left * lasts, np.inf)
         step = to_do.min()
         # What ends within a fraction of a start ends together.
-        ended = to_do <= step + 0.05 * START_CLOCKS
+        ended = to_do <= step + 0.05 * device.start_clocks
         left = np.where(busy, left - step / lasts, left)
         program[ended] = -1
         now += step

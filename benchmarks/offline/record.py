@@ -101,6 +101,20 @@ class Launch:
         )
 
 
+def launch_of(
+    kernel: JITFunction, args: tuple[Any, ...], grid: Any, options: Mapping[str, Any]
+) -> Launch:
+    """What `JITFunction.run` was called with; options: keyword arguments and settings together."""
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values |= {name: options[name] for name in kernel.arg_names if name in options}
+    for parameter in kernel.params:
+        if parameter.name not in values:
+            values[parameter.name] = parameter.default
+    settings = {name: value for name, value in options.items() if name not in values}
+    x, y, z = (*(grid(values) if callable(grid) else grid), 1, 1)[:3]
+    return Launch(kernel, values, settings, (int(x), int(y), int(z)))
+
+
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Launches of the kernels that are called inside, in order; none runs."""
@@ -108,13 +122,7 @@ def recorded() -> Iterator[list[Launch]]:
     original = JITFunction.run
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
-        values = dict(zip(self.arg_names, args, strict=False))
-        values |= {name: options.pop(name) for name in self.arg_names if name in options}
-        for parameter in self.params:
-            if parameter.name not in values:
-                values[parameter.name] = parameter.default
-        x, y, z = (*(grid(values) if callable(grid) else grid), 1, 1)[:3]
-        launches.append(Launch(self, values, options, (int(x), int(y), int(z))))
+        launches.append(launch_of(self, args, grid, options))
 
     JITFunction.run = run
     try:
@@ -156,20 +164,10 @@ def record(
             none.
         given: whether a target of `drivekd cache` stands for the teacher.
     """
-    meta = torch.device("meta")
-    inputs = AttentionMapLossInputs(
-        student=(_layer(pair, pair.student, dtype, lse=lse),),
-        teacher=() if given else (_layer(pair, pair.teacher, dtype, lse=lse),),
-        groups=((),) if given else ((0,),),
-        windows=(None,),
-        layout=_layout(pair, meta, padded=padded),
-        loss=loss,
-        needs_dq=(True,),
-        needs_dk=(True,),
-        dtype=torch.float32,
-        given=(_target(pair),) if given else (),
+    inputs = loss_inputs(
+        pair, loss, dtype, torch.empty, "meta", lse=lse, padded=padded, given=given
     )
-    with _architecture(arch), recorded() as launches, _Counter() as counter:
+    with architecture(arch), recorded() as launches, _Counter() as counter:
         backend.attention_map_loss(inputs)
     tokens = kernel_tokens(_layout(pair, torch.device("cpu")), None, compact=True)
     about_tokens = [launch for launch in launches if launch.name in ABOUT_TOKENS]
@@ -177,18 +175,48 @@ def record(
     return Call(passes, tokens, pair, about_tokens, counter.count + len(about_tokens))
 
 
+def loss_inputs(
+    pair: Pair,
+    loss: str,
+    dtype: torch.dtype,
+    make: Callable[..., torch.Tensor],
+    device: str,
+    *,
+    lse: bool = False,
+    padded: bool = False,
+    given: bool = False,
+) -> AttentionMapLossInputs:
+    """What the backend is called with; q and k come from `make(*shape, dtype=, device=)`."""
+    return AttentionMapLossInputs(
+        student=(_layer(pair, pair.student, dtype, make, device, lse=lse),),
+        teacher=() if given else (_layer(pair, pair.teacher, dtype, make, device, lse=lse),),
+        groups=((),) if given else ((0,),),
+        windows=(None,),
+        layout=_layout(pair, torch.device(device), padded=padded),
+        loss=loss,
+        needs_dq=(True,),
+        needs_dk=(True,),
+        dtype=torch.float32,
+        given=(_target(pair),) if given else (),
+    )
+
+
 class _Counter(TorchDispatchMode):
-    """Counts torch operations, views and bare allocations left out."""
+    """Counts torch operations that run something."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name
-        if not func.is_view and "empty" not in name and not name.endswith("detach"):
-            self.count += 1
+        self.count += runs_something(func)
         return func(*args, **(kwargs or {}))
+
+
+def runs_something(func: Any) -> bool:
+    """Whether a torch operation is more than a view or a bare allocation."""
+    name = func._schema.name
+    return not func.is_view and "empty" not in name and not name.endswith("detach")
 
 
 @contextlib.contextmanager
@@ -217,7 +245,7 @@ def tiles_replaced(
 
 
 @contextlib.contextmanager
-def _architecture(arch: int) -> Iterator[None]:
+def architecture(arch: int) -> Iterator[None]:
     """Launchers that choose tiles for a GPU that is not there."""
     original = launchers.architecture
     launchers.architecture = lambda tensor: arch
@@ -228,16 +256,21 @@ def _architecture(arch: int) -> Iterator[None]:
 
 
 def _layer(
-    pair: Pair, heads: tuple[int, int, int], dtype: torch.dtype, *, lse: bool
+    pair: Pair,
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    make: Callable[..., torch.Tensor],
+    device: str,
+    *,
+    lse: bool,
 ) -> AttentionLayer:
     H, H_kv, D = heads
     B, N = pair.num_samples, pair.num_tokens
-
-    def make(count: int) -> torch.Tensor:  # as transformers hands them over
-        return torch.empty(B, N, count, D, dtype=dtype, device="meta").transpose(1, 2)
-
-    known = torch.empty(B, H, N, dtype=torch.float32, device="meta") if lse else None
-    return AttentionLayer(make(H), make(H_kv), D**-0.5, known)
+    query, key = (  # as transformers hands them over
+        make(B, N, count, D, dtype=dtype, device=device).transpose(1, 2) for count in (H, H_kv)
+    )
+    known = make(B, H, N, dtype=torch.float32, device=device) if lse else None
+    return AttentionLayer(query, key, D**-0.5, known)
 
 
 def _target(pair: Pair) -> GivenTarget:

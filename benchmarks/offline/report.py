@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.devices import DEVICES, Device
 from benchmarks.offline import model
 from benchmarks.offline.compiled import Compiled, compile_launch
 from benchmarks.offline.geometry import Seen, work
@@ -70,7 +71,7 @@ class Report:
     """A call of a named shape."""
 
     shape: str
-    arch: int
+    device: Device
     loss: str
     passes: list[Pass]
     other_ops: int  # of torch, that run something on the device; their time is not modelled
@@ -89,18 +90,18 @@ class Report:
 
     def total_ms(self, mode: str) -> float:
         """Kernels and what launching costs, torch's operations too; "eager" or "graph"."""
-        return self.kernel_ms + (self.launches + self.other_ops) * model.LAUNCH_US[mode] / 1e3
+        return self.kernel_ms + (self.launches + self.other_ops) * self.device.launch_us[mode] / 1e3
 
     def to_json(self) -> dict[str, Any]:
         return {
             "shape": self.shape,
-            "arch": self.arch,
+            "device": self.device.name,
             "loss": self.loss,
             "launches": self.launches,
             "other_ops": self.other_ops,
             "kernel_ms": self.kernel_ms,
             "floor_ms": self.floor_ms,
-            "total_ms": {mode: self.total_ms(mode) for mode in model.LAUNCH_US},
+            "total_ms": {mode: self.total_ms(mode) for mode in self.device.launch_us},
             "passes": [each.to_json() for each in self.passes],
         }
 
@@ -108,39 +109,40 @@ class Report:
 def report(
     shape: str,
     *,
-    arch: int = 90,
+    device: Device = DEVICES["H200"],
     loss: str = "mse",
     dtype: torch.dtype,
     lse: bool = False,
     given: bool = False,
 ) -> Report:
     """Record, compile and predict one call of a named shape."""
-    call = record(GPU_PAIRS[shape], loss, dtype, arch=arch, lse=lse, given=given)
-    passes = list(_passes(call, arch))
-    return Report(shape, arch, loss, passes, call.other_ops)
+    call = record(GPU_PAIRS[shape], loss, dtype, arch=device.arch, lse=lse, given=given)
+    passes = list(_passes(call, device))
+    return Report(shape, device, loss, passes, call.other_ops)
 
 
-def _passes(call: Call, arch: int) -> Iterator[Pass]:
+def _passes(call: Call, device: Device) -> Iterator[Pass]:
     seen = Seen(call.tokens)
     region = float(seen.region.mean())
-    capacity = model.DEVICES[arch].l2_bytes
+    capacity = device.l2_bytes
     works = [work(launch, seen) for launch in call.launches]
     largest = max(
         (model.workspace_bytes(*each) for each in zip(call.launches, works, strict=True)), default=0
     )
     grouped: dict[str, Pass] = {}
     for launch, tiles in zip(call.launches, works, strict=True):
-        compiled = compile_launch(launch, arch)
-        name = _role(launch, call.pair)
+        compiled = compile_launch(launch, device.arch)
+        name = role(launch, call.pair)
         row = grouped.setdefault(name, Pass(name, _tile(launch), compiled))
         predicted = model.predict(
-            launch, compiled, tiles, workspace_in_l2=largest <= capacity, region=region
+            launch, compiled, tiles, device, workspace_in_l2=largest <= capacity, region=region
         )
         row.add(launch, predicted)
     yield from grouped.values()
 
 
-def _role(launch: Launch, pair: Pair) -> str:
+def role(launch: Launch, pair: Pair) -> str:
+    """Name of the pass, and whose it is where both models have one."""
     query = launch.values.get("q_ptr")
     if query is None or launch.name not in ("lse", "map"):
         return launch.name
@@ -168,8 +170,8 @@ HEADER = (
 
 def show(result: Report) -> str:
     """The table as text; per element and head of the main loop: i/el, EX2, LSU clocks, L2 bytes."""
-    device = model.DEVICES[result.arch].name
-    lines = [f"{result.shape}, {result.loss}, sm_{result.arch} ({device}), predicted", HEADER]
+    of = f"sm_{result.device.arch} ({result.device.name})"
+    lines = [f"{result.shape}, {result.loss}, {of}, predicted", HEADER]
     for each in result.passes:
         one = each.compiled
         main = one.main

@@ -7,6 +7,7 @@ import torch
 from drivekd_kernels.launch import padded_dims
 from drivekd_kernels.tuned import Tiles
 
+from benchmarks.devices import DEVICES, Device
 from benchmarks.offline import model
 from benchmarks.offline.compiled import Compiled, compile_launch
 from benchmarks.offline.geometry import Seen, work
@@ -58,7 +59,7 @@ def sweep(
     head_dim: int,
     *,
     tiles: list[Tiles] | None = None,
-    arch: int = 90,
+    device: Device = DEVICES["H200"],
     num_tokens: int = 8192,
     num_vision: int = 0,
     loss: str = "mse",
@@ -71,7 +72,7 @@ def sweep(
         name: pass.
         head_dim: of the model whose pass it is.
         tiles: candidates; None: `default_tiles`.
-        arch: 80, 90 or 100.
+        device: which GPU.
         num_tokens: of the (one) sample, causal.
         num_vision: of these, the keys of a text_to_vision region; 0: full.
         loss: "mse", "cosine" or "kl"; decides whether maps are logarithms.
@@ -93,12 +94,12 @@ def sweep(
                 return each if kernel in wanted and width == block_d else None
 
             with tiles_replaced(choose, one_pass=one_pass):
-                call = record(pair, loss, dtype, arch=arch)
+                call = record(pair, loss, dtype, arch=device.arch)
             launches = [launch for launch in call.launches if launch.name == name]
             if name == "lse":
                 launches = launches[:1]
             try:
-                yield _candidate(each, one_pass, launches, Seen(call.tokens), arch)
+                yield _candidate(each, one_pass, launches, Seen(call.tokens), device)
             except (
                 Exception
             ) as error:  # of any compiler stage: the candidate is out, the rest go on
@@ -106,15 +107,15 @@ def sweep(
                 yield Candidate(each, one_pass, error=text.splitlines()[0][:100])
 
 
-def _candidate(tiles, one_pass, launches, seen, arch) -> Candidate:
+def _candidate(tiles, one_pass, launches, seen, device) -> Candidate:
     ms = floor = l2 = cells = 0.0
     region = float(seen.region.mean())
     bounds: dict[str, float] = {}
     for launch in launches:
-        compiled = compile_launch(launch, arch)
+        compiled = compile_launch(launch, device.arch)
         # Rank by what the tiles decide: the chunk's maps are taken to stay in L2.
         predicted = model.predict(
-            launch, compiled, work(launch, seen), workspace_in_l2=True, region=region
+            launch, compiled, work(launch, seen), device, workspace_in_l2=True, region=region
         )
         ms, floor = ms + predicted.ms, floor + predicted.floor_ms
         l2, cells = l2 + predicted.l2_bytes, cells + predicted.cells

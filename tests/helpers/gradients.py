@@ -5,6 +5,8 @@ from itertools import product
 
 import torch
 
+from drivekd.ops.dispatch import unavailable_reason
+
 # Odd sizes around vector widths and chunk borders, an empty tensor, a scalar.
 RAGGED_SHAPES = ((5,), (), (63, 3), (0, 4), (129,), (17, 33), (1,), (2, 3, 7), (4097,))
 
@@ -83,3 +85,10 @@ def every_presence_of(num_tasks: int, num_tensors: int) -> Iterator[tuple[str, .
     """Every way in which tasks can have or lack gradients at so many tensors."""
     masks = ["".join(bits) for bits in product("01", repeat=num_tasks)]
     return product(masks, repeat=num_tensors)
+
+
+def native_on_gpu() -> bool:
+    """Whether the extension is there and built with CUDA."""
+    return unavailable_reason("native") is None and hasattr(
+        torch.ops.drivekd_native, "cuda_version"
+    )

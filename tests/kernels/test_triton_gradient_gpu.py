@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from drivekd.functional import combine_gradients, gradient_gram
-from drivekd.ops.dispatch import resolve, unavailable_reason
+from drivekd.ops.dispatch import resolve
 from drivekd.projection import agp_weights
 from drivekd.reference import agp as reference
-from tests.helpers.gradients import near_antiparallel, relative_error, task_gradients
+from tests.helpers.gradients import native_on_gpu, near_antiparallel, relative_error, task_gradients
 
 pytestmark = pytest.mark.gpu
 
@@ -17,17 +17,13 @@ SIZES = (1, 7, 4096, 32_768, 32_769, 1_000_003, 3_000_000)
 SHAPES = (*((size,) for size in SIZES), (896, 4864), ())
 
 
-def native():
-    return unavailable_reason("native") is None and hasattr(
-        torch.ops.drivekd_native, "cuda_version"
-    )
-
-
 both = pytest.mark.parametrize(
     "backend",
     [
         "triton",
-        pytest.param("native", marks=pytest.mark.skipif(not native(), reason="built without CUDA")),
+        pytest.param(
+            "native", marks=pytest.mark.skipif(not native_on_gpu(), reason="built without CUDA")
+        ),
     ],
 )
 
@@ -211,7 +207,7 @@ def test_extra_memory_is_a_table_and_partial_results():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_backends_agree(dtype):
-    if not native():
+    if not native_on_gpu():
         pytest.skip("built without CUDA")
     lists = on_gpu(task_gradients(shapes=SHAPES, dtype=dtype, presence=("1111", "0111")))
     grams = [gradient_gram(lists, backend=name).values for name in ("triton", "native")]

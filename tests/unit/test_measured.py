@@ -7,17 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import gpu, measured, measured_tables, report
+from benchmarks.devices import DEVICES, pair_floor_ps
 from benchmarks.shapes import GPU_MODELS, GPU_PAIRS, GPU_STEPS
+from tests.helpers.stages import QUICK, ROOT, stage
 
 pytest.importorskip("pytest_benchmark")
 
-ROOT = Path(__file__).resolve().parents[2]
 SOME = {"fused", "sdpa"}
 WAYS = {
     "t2v-1": SOME | {"eager", "chunked", "fused-lse"},
@@ -28,21 +28,6 @@ WAYS = {
     "full-65536": SOME | {"eager"},
 }
 STEP_WAYS = ["drivekd", "plain", "public", "plain-ce"]
-
-
-# The torch backend stands in for the kernels, whose interpreter takes its time.
-QUICK = {**os.environ, "DRIVEKD_DRY": "1", "TRITON_INTERPRET": "0"}
-
-
-def stage(out, *arguments):
-    return subprocess.run(
-        ["bash", "benchmarks/on_gpu.sh", *arguments],
-        cwd=ROOT,
-        env={**QUICK, "OUT": str(out), "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +111,7 @@ def test_a_stage_that_is_ended_keeps_what_it_has(tmp_path, how):
     whole.unlink(missing_ok=True)
     text = lines.read_text().replace('"dry": true', '"dry": false')
     lines.write_text(text + '{"shape": "cut o')
-    (tmp_path / "machine.json").write_text("{}")
+    (tmp_path / "machine.json").write_text('{"gpu": "a GPU"}')
     found = measured.load(tmp_path)
     first = found.get("internvl3-1b-from-8b/full-8192", "fused")
     assert len(first.facts["rounds_ms"]) == 3
@@ -331,7 +316,6 @@ def test_targets_are_judged(dry, tmp_path):
     assert "0.8x met" in lines(page, "time of sdpa, N = 8192")[0]
     assert "0.4x met" in lines(page, "time of sdpa, 6 views, lse given")[0]
     assert "90 % met" in lines(page, "gram of 4")[0]
-    assert lines(page, "time of its floor")[0].count("no floor known") == 2
     assert "60x met" in lines(page, "AGP faster than the public")[0]
     assert "5 met" in lines(page, "buffers of AGP")[0]
     assert "0 met" in lines(page, "host syncs of AGP")[0]
@@ -339,8 +323,27 @@ def test_targets_are_judged(dry, tmp_path):
     assert lines(page, "gram |")[0].endswith("| 90 % |  |")
     assert lines(page, "projection |")[0] == "| projection | 4.4 (2.2-4.4) | 91 % | 5 |"
     assert lines(page, "public |")[0] == "| public | 240 (120-240) |  | 12 |"
-    floor = 34.44 * 65536 * 65537 / 2 * 1e-9
-    assert f"{4 / floor:.3g}x met" in lines(page, "time of its floor")[0]
+    (row,) = lines(page, "time of its floor")
+    for pair in GPU_MODELS.values():
+        floor = 1e-9 * 65536 * 65537 / 2 * pair_floor_ps(DEVICES["H200"], *pair)
+        assert f"{4 / floor:.3g}x met" in row
+
+
+def test_the_floor_is_made_of_measured_ceilings_where_there_are_any(dry, tmp_path, monkeypatch):
+    pretend(dry, tmp_path / "some-gpu")
+    before = measured.load(tmp_path / "some-gpu")
+    slow = DEVICES["H200"].at(DEVICES["H200"].clock_ghz / 2)
+    monkeypatch.setattr(measured, "device_of", lambda folder, gpu: slow)
+    after = measured.load(tmp_path / "some-gpu")
+    for model in GPU_MODELS:
+        ratio = measured._floor(before, model) / measured._floor(after, model)
+        assert ratio == pytest.approx(2)
+
+
+def test_files_of_other_stages_are_no_benchmarks(dry, tmp_path):
+    pretend(dry, tmp_path / "some-gpu")
+    (tmp_path / "some-gpu" / "kernels.json").write_text(json.dumps({"dry": False, "cases": []}))
+    assert measured.load(tmp_path / "some-gpu").records
 
 
 def test_missed_targets_and_missing_or_too_large_runs_are_said(dry, tmp_path):
