@@ -5,6 +5,7 @@
 #   benchmarks/on_gpu.sh loss MODEL KIND           the loss at a model pair's shapes
 #                                                  (internvl3-1b, internvl3-2b, qwen2.5-vl-3b; t2v, full)
 #   benchmarks/on_gpu.sh gram                      gradient projection
+#   benchmarks/on_gpu.sh demo DATA [ARGUMENTS]     the demo (demo_gpu.py) on a data set made before
 # Results go to ${OUT:-benchmarks/results/gpu}; the raw rounds are in the JSON files, also those of a
 # stage that ran out of time. DRIVEKD_DRY=1 goes through a stage on the CPU at toy shapes: its
 # numbers mean nothing. Needs torch, triton, transformers, numpy, pytest, pytest-benchmark.
@@ -13,7 +14,7 @@ cd "$(dirname "$0")/.."
 stage=${1:?which stage? see the head of this file}
 shift
 case $stage in
-  test | sanitize | loss | gram) ;;
+  test | sanitize | loss | gram | demo) ;;
   *)
     echo "no stage '$stage'; see the head of this file" >&2
     exit 2
@@ -73,5 +74,8 @@ case $stage in
     ;;
   gram)
     bench gram benchmarks/bench_gradient_gram.py benchmarks/bench_gradient_gram_gpu.py
+    ;;
+  demo) # limits its own time
+    "$PYTHON" -m benchmarks.demo_gpu "${1:-${DEMO_DATA:?which data set?}}" --output "$out" "${@:2}"
     ;;
 esac

@@ -22,6 +22,7 @@ from drivekd.demo.teachers import load_teacher, load_tokenizer
 from drivekd.study.schema import CurvePoint, LossPoint, ProjectionPoint, Run, Signal
 from drivekd.study.statistics import micro
 from drivekd.train import DistillConfig, DistillTrainer, ProjectionConfig, SignalConfig
+from drivekd.train.placement import leave_other_gpus
 
 if TYPE_CHECKING:
     from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
@@ -239,7 +240,7 @@ class Recorder(transformers.TrainerCallback):  # type: ignore[misc]
 
 def _arguments(job: Job) -> transformers.TrainingArguments:
     training = job.training
-    return transformers.TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=str(job.output),
         max_steps=round(training.steps * job.arm.steps_factor),
         per_device_train_batch_size=training.batch_size,
@@ -260,6 +261,8 @@ def _arguments(job: Job) -> transformers.TrainingArguments:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
+    leave_other_gpus(arguments)
+    return arguments
 
 
 def _blank(

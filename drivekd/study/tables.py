@@ -174,7 +174,7 @@ def settings_table(study: Study) -> Table:
 def format_table(study: Study) -> str:
     """The study's main tables and notes as text of plain ASCII punctuation, for a terminal."""
     main = (accuracy_table(study), difference_table(study), compute_table(study))
-    parts = [study.title, *(to_text(table) for table in main)]
+    parts = [study.title, *(to_text(table) for table in main if table.rows)]
     if study.notes:
         parts.append("Notes\n\n" + "\n".join(f"- {note}" for note in study.notes))
     return "\n\n".join(parts)
