@@ -52,7 +52,7 @@ def run_demo(arguments: Sequence[str], seconds: float, log: Path) -> tuple[int, 
     begin = time.monotonic()
     command = [sys.executable, "-m", "drivekd", "demo", *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    with log.open("a", encoding="utf-8") as file:
+    with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         try:
             code = process.wait(timeout=seconds)
@@ -101,18 +101,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = ["--arms", *options.arms, "--seeds", *map(str, options.seeds)]
         settings += ["--workers", str(options.workers), "--device", "cpu" if DRY else "cuda"]
         settings += ["--fast"] if DRY else []
+        options.output.mkdir(parents=True, exist_ok=True)
+        log = options.output / "demo.log"  # not in the scratch: there even if all this is killed
         code, wall = run_demo(
             [*settings, "--data", str(data.absolute()), "--output", str(work)],
             max(1.0, options.seconds - REPORT_SECONDS - (time.monotonic() - begin)),
-            work / "demo.log",
+            log,
         )
         planned = len(options.arms) * len(options.seeds)
         facts = {"dry": DRY, "arguments": settings, "exit_code": code, "planned": planned}
         done = write_facts(work, facts, wall)
-        options.output.mkdir(parents=True, exist_ok=True)
         archive = options.output / f"{FOLDER}.tar.gz"
         with tarfile.open(archive, "w:gz") as packed:
-            for path in sorted(work.iterdir()):
+            for path in [log, *sorted(work.iterdir())]:
                 if path.is_file():
                     packed.add(path, f"{FOLDER}/{path.name}")
     print(f"\n{done} of {planned} runs in {wall:.0f} s -> {archive}")

@@ -66,6 +66,8 @@ _EPILOG = """\
 examples:
   drivekd demo --fast                                 see that everything works, learn nothing
   drivekd demo --seeds 0 1 2 --output runs/three      means with standard errors
+  drivekd demo --prepare world                        the data set alone, for another machine:
+  drivekd demo --full --device cuda --data world      every arm, side by side on its GPU
   drivekd distill recipes/multi.yaml training.learning_rate=1e-5 training.output_dir=runs/a
   drivekd cache recipes/multi.yaml cache.path=runs/targets --dry-run
   drivekd verify recipes/multi.yaml                   fused losses against eager ones

@@ -201,6 +201,7 @@ class Recorder(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
+        self._say(f"training begins, {state.max_steps} steps")
         self.clock.go()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -215,7 +216,10 @@ class Recorder(transformers.TrainerCallback):  # type: ignore[misc]
         tallies = self._evaluate()
         accuracy = {c: micro(t.values()).accuracy for c, t in tallies.items()}
         self.curve.append(CurvePoint(state.global_step, self.clock.cpu, accuracy))
-        self._say(f"step {state.global_step}/{state.max_steps}  {_percentages(accuracy)}")
+        done, steps = state.global_step, state.max_steps
+        left = self.clock.wall * (steps / done - 1) / 60
+        to_go = f", {left:.1f} min to go" if done < steps else ""
+        self._say(f"step {done}/{steps}{to_go}  {_percentages(accuracy)}")
         self.clock.go()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

@@ -30,7 +30,7 @@ from drivekd.demo.settings import (
     World,
 )
 from drivekd.demo.teachers import ASSETS, load_teacher, load_tokenizer, read_facts
-from drivekd.demo.training import distill_config, prepare_teachers
+from drivekd.demo.training import _arguments, distill_config, prepare_teachers
 from drivekd.errors import DataError, RunFailedError
 
 
@@ -260,3 +260,24 @@ def test_cached_encoder_shares_pixels_between_questions_about_a_frame(tmp_path):
     first, second = (encoder(record)["pixel_values"] for record in records)
     assert first.data_ptr() == second.data_ptr()
     assert encoder.encode_prompt(records[0])["pixel_values"].data_ptr() == first.data_ptr()
+
+
+def test_cached_encoder_keeps_pixels_on_its_device_and_tokens_on_the_cpu(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (168, 48), (10, 20, 30)).save(tmp_path / "a.png")
+    messages = (Message("user", "<image>\nA. yes"), Message("assistant", "Final: A."))
+    record = Record(messages=messages, images=("a.png",), question_type="x", id="0")
+    encoder = CachedEncoder(build_tokenizer([record]), tmp_path, device="meta")
+    for encoded in (encoder(record), encoder.encode_prompt(record)):
+        assert encoded["pixel_values"].device.type == "meta"
+        assert encoded["input_ids"].device.type == "cpu"
+
+
+def test_students_train_on_the_device_of_their_job(tmp_path):
+    """On the CPU where asked; a job for a GPU leaves the choice to the trainer, on one GPU."""
+    for device, on_cpu in (("cpu", True), ("cuda", False)):
+        job = Job(CE, 0, SMOKE_WORLD, Training(steps=4), tmp_path, "d", tmp_path, device)
+        arguments = _arguments(job)
+        assert arguments.use_cpu == on_cpu
+        assert arguments.n_gpu <= 1
