@@ -114,11 +114,11 @@ def read_run(job: Job) -> Run | None:
     if not job.file.exists():
         return None
     study = Study.from_json(job.file.read_text(encoding="utf-8"))
-    found = json.loads(str(study.settings.get(SETTINGS_KEY, "{}")))
+    remedy = "remove it or choose another --output"
+    if SETTINGS_KEY not in study.settings:
+        raise DataError(f"{job.output} holds a run of another version of drivekd; {remedy}")
+    found = json.loads(str(study.settings[SETTINGS_KEY]))
     wanted = json.loads(json.dumps(job.settings))
     if unlike := differences(found, wanted):
-        raise DataError(
-            f"{job.output} holds a run made with other settings: {unlike}; remove it or choose "
-            "another --output"
-        )
+        raise DataError(f"{job.output} holds a run made with other settings: {unlike}; {remedy}")
     return study.runs[0]

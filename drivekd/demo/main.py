@@ -130,9 +130,10 @@ def run_demo(
     world = SMOKE_WORLD if fast else World()
     output = output.absolute()
     folder = output / "data" if data is None else data.absolute()
+    wanted = seeds if seeds is not None else FULL_SEEDS if full else (0,)
     plan = _Plan(
         arms=chosen,
-        seeds=tuple(seeds) if seeds is not None else FULL_SEEDS if full else (0,),
+        seeds=tuple(dict.fromkeys(wanted)),
         world=world,
         training=Training(steps=steps or (SMOKE_STEPS if fast else Training.steps)),
         data=folder,

@@ -100,6 +100,17 @@ def test_run_of_other_settings_is_refused(smoke):
             read_run(replace(job, **change))
 
 
+@pytest.mark.slow
+def test_run_of_another_version_is_refused(smoke, tmp_path):
+    folder, _ = smoke
+    document = json.loads((folder / "students" / "ce-0" / "run.json").read_text())
+    document["settings"] = {"key": "[]"}
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    job = Job(CE, 0, SMOKE_WORLD, Training(steps=20), folder / "data", "d", tmp_path)
+    with pytest.raises(DataError, match="holds a run of another version of drivekd; remove it"):
+        read_run(job)
+
+
 @pytest.fixture
 def half(smoke, tmp_path, monkeypatch):
     """Runs the demo on the smoke run's data where one of two students is finished; the other's
