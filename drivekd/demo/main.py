@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -258,6 +258,7 @@ def _study(plan: _Plan, made: _Made) -> Study:
         **{name: version(name) for name in ("torch", "transformers")},
         "highway-env": plan.contents.versions["highway-env"],
     }
+    teachers = tuple(replace(each, name=f"{each.name} teacher") for each in facts.teachers)
     notes = [*NOTES, CPU_NOTE if plan.device == "cpu" else GPU_NOTE]
     if not is_whole_world:
         notes.insert(0, TINY)
@@ -270,7 +271,7 @@ def _study(plan: _Plan, made: _Made) -> Study:
         capabilities=CAPABILITIES,
         arms=tuple(Arm(arm.name, arm.label, arm.description) for arm in arms),
         runs=tuple(made.runs),
-        teachers=facts.teachers if is_whole_world else (),  # measured on that world's test set
+        teachers=teachers if is_whole_world else (),  # measured on that world's test set
         baselines=(Baseline("majority answer", tally_majority(test, train)),),
         reference=arms[0].name,
         comparisons=tuple(Comparison(a, b) for a, b in COMPARISONS if {a, b} <= names),
