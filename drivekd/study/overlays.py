@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,6 @@ from matplotlib.figure import Figure
 from drivekd.study.lines import STYLE, save_png
 
 _COLUMN = 2.9  # inches
-_TITLE_WIDTH = 170  # characters over four columns
 
 
 @dataclass(frozen=True)
@@ -66,22 +64,16 @@ def plot_overlays(overlays: Sequence[Overlay], *, title: str = "") -> bytes:
         "student": ScalarMappable(Normalize(0, top), "YlOrRd"),
         "student − teacher": ScalarMappable(Normalize(-apart, apart), "PuOr_r"),  # noqa: RUF001
     }
-    titles = [textwrap.fill(o.title, _TITLE_WIDTH) for o in overlays]
-    heights = [
-        _COLUMN * o.image.shape[0] / o.image.shape[1] + 0.3 + 0.2 * title.count("\n")
-        for o, title in zip(overlays, titles, strict=True)
-    ]
+    heights = [_COLUMN * o.image.shape[0] / o.image.shape[1] + 0.3 for o in overlays]
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         size = (_COLUMN * 4 + 0.3, sum(heights) + 0.75)
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(len(overlays), 4, squeeze=False, height_ratios=heights)
         for row, overlay in enumerate(overlays):
             maps = (overlay.teacher, overlay.student, overlay.student - overlay.teacher)
-            _draw_frame(grid[row, 0], overlay, titles[row])
+            _draw_frame(grid[row, 0], overlay)
             for axis, values, scale in zip(grid[row, 1:], maps, scales.values(), strict=True):
                 _draw_map(axis, overlay.image, values, scale)
-            for axis in grid[row]:
-                axis.set_title(" \n" * titles[row].count("\n") + " ")  # room for the row's title
         for axis, name in zip(grid[-1], ["frame", *scales], strict=True):
             axis.set_xlabel(name)
         _colour_bar(figure, scales["teacher"], grid[:, 1:3], "attention per patch")
@@ -111,13 +103,18 @@ def _check(overlay: Overlay, where: str) -> None:
         )
 
 
-def _draw_frame(axis: Any, overlay: Overlay, words: str) -> None:
-    """The frame itself, with the row's title over it and over the maps beside it."""
+def _draw_frame(axis: Any, overlay: Overlay) -> None:
+    """The frame itself, with the row's title over it."""
     axis.imshow(overlay.image, interpolation="nearest")
-    title = axis.annotate(
-        words, (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", va="bottom"
-    )
-    title.set_in_layout(False)  # or the layout would make the column as wide as its title
+    axis.set_title(" ")  # keeps the row's pictures at one height
+    axis.annotate(
+        overlay.title,
+        (0, 1),
+        (0, 5),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        annotation_clip=False,
+    ).set_in_layout(False)  # as wide as the figure, not as the frame
     _bare(axis)
 
 
@@ -132,6 +129,7 @@ def _draw_map(axis: Any, image: npt.NDArray[Any], values: Any, scale: ScalarMapp
     pale = 0.7 + 0.3 * (grey - grey.min()) / span if span else np.ones_like(grey)
     colours = scale.to_rgba(per_pixel)[:, :, :3]
     axis.imshow(colours * pale[:, :, None], interpolation="nearest")
+    axis.set_title(" ")  # keeps the row's pictures at one height
     _bare(axis)
 
 
@@ -147,4 +145,3 @@ def _colour_bar(figure: Any, scale: ScalarMappable, axes: Any, label: str) -> No
         scale, ax=axes, location="bottom", label=label, aspect=40, shrink=0.7, pad=0.02
     )
     bar.outline.set_visible(False)
-    bar.ax.locator_params(nbins=4)
