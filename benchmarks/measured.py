@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from benchmarks.measured_demo import demo_part
 from benchmarks.shapes import GPU_MODELS, GPU_PAIRS
 
 NOT_MEASURED = "not measured yet"
@@ -109,13 +108,7 @@ def section(results: Path, *, where: str) -> str:
             f"GPU speed and memory: **{NOT_MEASURED}**. `benchmarks/on_gpu.sh` measures, "
             "`python -m benchmarks.report` puts the numbers here."
         )
-    return "\n\n".join(part for each in found for part in _parts(each, results, where))
-
-
-def _parts(measured: Measurements, results: Path, where: str) -> list[str]:
-    folder = f"{where}/{measured.name}"
-    demo = demo_part(results / measured.name, results / "demo", where=folder)
-    return [_machine_section(measured, where), *demo]
+    return "\n\n".join(_machine_section(each, where) for each in found)
 
 
 def _machine_section(measured: Measurements, where: str) -> str:

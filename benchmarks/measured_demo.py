@@ -40,6 +40,15 @@ def demo_part(folder: Path, beside: Path, *, where: str) -> list[str]:
     return [f"{said}: [report]({where}/demo/report.md).", table.strip()]
 
 
+def with_demos(page: str, results: Path, *, where: str) -> str:
+    """A page of all machines, and behind it what the demo did on each; `where` as in `demo_part`."""
+    parts = [page]
+    for machine in sorted(file.parent.parent for file in results.glob("*/demo/demo.json")):
+        said, table = demo_part(machine, results / "demo", where=f"{where}/{machine.name}")
+        parts += [f"**{machine.name}**: {said}", table]
+    return "\n\n".join(parts)
+
+
 def _table(here: Study, cpu: Study) -> Table:
     """An arm a row: times and mean accuracy on the GPU, mean accuracy and time on the CPU."""
     means, on_cpu = _means(here), _means(cpu)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import measured
+from benchmarks.measured_demo import with_demos
 from drivekd.demo.settings import FULL_ARMS
 from drivekd.study.report import load_study
 from drivekd.study.tables import accuracy_table, compute_table, difference_table, to_markdown
@@ -49,7 +50,10 @@ def gpu_section() -> str:
     return measured.section(ROOT / RESULTS, where=str(RESULTS))
 
 
-SECTIONS = {"demo": demo_section, "gpu": gpu_section}
+SECTIONS = {
+    "demo": demo_section,
+    "gpu": lambda: with_demos(gpu_section(), ROOT / RESULTS, where=str(RESULTS)),
+}
 
 
 def fill(page: str) -> str:

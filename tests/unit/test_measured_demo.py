@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import demo_gpu, measured
-from benchmarks.measured_demo import demo_part
+from benchmarks import demo_gpu
+from benchmarks.measured_demo import demo_part, with_demos
 from drivekd.study.report import load_study
 
 CPU = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "demo"
@@ -59,14 +59,14 @@ def test_dry_runs_are_refused_and_no_run_is_no_part(tmp_path):
         demo_part(tmp_path, CPU, where="")
 
 
-def test_the_section_of_a_machine_ends_with_its_demo(tmp_path):
-    pretend(tmp_path / "some-gpu")
+def test_demos_of_all_machines_follow_the_other_numbers(tmp_path):
     (tmp_path / "demo").symlink_to(CPU)
-    machine = {"gpu": "Some GPU", "driver": "1", "torch": "2", "cuda": "13", "triton": "3",
-               "commit": "0123456789abcdef", "changed_files": 0, "date": "2026-01-01"}  # fmt: skip
-    (tmp_path / "some-gpu" / "machine.json").write_text(json.dumps(machine))
-    page = measured.section(tmp_path, where="results")
-    assert page.index("Some GPU") < page.index("The demo (`drivekd demo`) on this GPU")
+    assert with_demos("page", tmp_path, where="results") == "page"
+    pretend(tmp_path / "some-gpu")
+    page = with_demos("page", tmp_path, where="results")
+    assert page.startswith("page\n\n**some-gpu**: The demo (`drivekd demo`) on this GPU: wall time")
+    assert "(results/some-gpu/demo/report.md)" in page
+    assert "| CE only | 3 |" in page
 
 
 def test_what_was_cut_off_leaves_its_archive(tmp_path, monkeypatch, capsys):
