@@ -41,7 +41,10 @@ def demo_part(folder: Path, beside: Path, *, where: str) -> list[str]:
 
 
 def with_demos(page: str, results: Path, *, where: str) -> str:
-    """A page of all machines, and behind it what the demo did on each; `where` as in `demo_part`."""
+    """A page of all machines, and behind it what the demo did on each.
+
+    `where` is the path of `results` on that page.
+    """
     parts = [page]
     for machine in sorted(file.parent.parent for file in results.glob("*/demo/demo.json")):
         said, table = demo_part(machine, results / "demo", where=f"{where}/{machine.name}")
