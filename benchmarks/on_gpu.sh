@@ -13,7 +13,8 @@
 #                                                  (internvl3-1b, internvl3-2b, qwen2.5-vl-3b; t2v, full)
 #   benchmarks/on_gpu.sh gram                      gradient projection
 #   benchmarks/on_gpu.sh step                      whole multi-teacher steps, InternVL3-1B from 8B
-#   benchmarks/on_gpu.sh build                     the compiled extension, for gram's backend native
+#   benchmarks/on_gpu.sh build                     the package as a user installs it, with its extension
+#   benchmarks/on_gpu.sh demo DATA [ARGUMENTS]     the demo (demo_gpu.py) on a data set made before
 # Results go to ${OUT:-benchmarks/results/gpu}; the raw rounds are in the JSON files, also those of a
 # stage that ran out of time: NAME.jsonl stays where NAME.json could not be written. DRIVEKD_DRY=1
 # goes through a stage on the CPU at toy shapes: its numbers mean nothing. Needs torch, triton,
@@ -23,7 +24,7 @@ cd "$(dirname "$0")/.."
 stage=${1:?which stage? see the head of this file}
 shift
 case $stage in
-  test | sanitize | ceilings | kernels | ncu | loss | gram | step | build) ;;
+  test | sanitize | ceilings | kernels | ncu | loss | gram | step | build | demo) ;;
   *)
     echo "no stage '$stage'; see the head of this file" >&2
     exit 2
@@ -69,7 +70,7 @@ bench() { # also writes machine.json; each measurement at once, and all of them 
 }
 
 case $stage in
-  loss | gram | step | build) ;; # their benchmarks write it themselves
+  loss | gram | step | build | demo) ;; # their benchmarks write it themselves
   *) "$PYTHON" -c "from pathlib import Path; from benchmarks.gpu import write_machine; write_machine(Path('$out/machine.json'))" ;;
 esac
 
@@ -144,6 +145,10 @@ case $stage in
     bench step benchmarks/bench_step_gpu.py
     ;;
   build)
-    within "$PYTHON" setup.py -q build_ext --inplace
+    within "$PYTHON" -m pip install --editable . --no-build-isolation --no-deps 2>&1 | tee "$out/build.txt"
+    "$PYTHON" -m drivekd doctor | tee "$out/doctor.txt"
+    ;;
+  demo) # limits its own time
+    "$PYTHON" -m benchmarks.demo_gpu "${1:-${DEMO_DATA:?which data set?}}" --output "$out" "${@:2}"
     ;;
 esac

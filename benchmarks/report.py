@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import measured, measured_tables, predicted
+from benchmarks.measured_demo import with_demos
 from drivekd.demo.settings import FULL_ARMS
 from drivekd.study.report import load_study
 from drivekd.study.schema import Study
@@ -84,7 +85,10 @@ def gpu_section() -> str:
     return measured_tables.section(ROOT / RESULTS, where=str(RESULTS))
 
 
-SECTIONS = {"demo": demo_section, "gpu": gpu_section}
+SECTIONS = {
+    "demo": demo_section,
+    "gpu": lambda: with_demos(gpu_section(), ROOT / RESULTS, where=str(RESULTS)),
+}
 OF_BENCHMARKS = {"kernels": predicted.section, "floors": predicted.floors}
 PAGES = {"README.md": SECTIONS, "benchmarks/README.md": OF_BENCHMARKS}
 

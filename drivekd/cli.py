@@ -22,6 +22,7 @@ from drivekd.errors import (
     DataError,
     NonFiniteLossError,
     RecipeError,
+    RunFailedError,
     TokenMismatchError,
     TrainingMemoryError,
     UnsupportedEngineError,
@@ -40,6 +41,7 @@ EXPECTED_ERRORS = (
     DataError,
     NonFiniteLossError,
     RecipeError,
+    RunFailedError,
     TokenMismatchError,
     TrainingMemoryError,
     UnsupportedEngineError,
@@ -64,6 +66,8 @@ _EPILOG = """\
 examples:
   drivekd demo --fast                                 see that everything works, learn nothing
   drivekd demo --seeds 0 1 2 --output runs/three      means with standard errors
+  drivekd demo --prepare world                        the data set alone, for another machine:
+  drivekd demo --full --device cuda --data world      every arm, side by side on its GPU
   drivekd distill recipes/multi.yaml training.learning_rate=1e-5 training.output_dir=runs/a
   drivekd cache recipes/multi.yaml cache.path=runs/targets --dry-run
   drivekd verify recipes/multi.yaml                   fused losses against eager ones
@@ -172,13 +176,15 @@ def _add_demo(commands: Any) -> None:
         _run_demo,
         help="distil on a simulated highway and write a report",
         description="Simulate highway scenes with questions about them, train small students with "
-        "and without\nteachers, and write a report with every baseline. Needs highway-env "
-        "(pip install 'drivekd[demo]').",
+        "and without\nteachers, and write a report with every baseline. The same command goes on "
+        "where it was stopped.\nNeeds highway-env (pip install 'drivekd[demo]'), or --data.",
     )
     command.add_argument(
         "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: %(default)s"
     )
-    command.add_argument("--full", action="store_true", help="every arm and control, three seeds")
+    arms = command.add_mutually_exclusive_group()
+    arms.add_argument("--full", action="store_true", help="every arm and control, three seeds")
+    arms.add_argument("--arms", nargs="+", metavar="ARM", help="these arms; default: ce multi+agp")
     command.add_argument(
         "--seeds",
         type=int,
@@ -189,9 +195,15 @@ def _add_demo(commands: Any) -> None:
     command.add_argument(
         "--workers",
         type=_positive,
-        default=os.cpu_count() or 1,
         metavar="N",
-        help="processes, each with one thread; default: the machine's cores (%(default)s)",
+        help="runs side by side, a process of one thread each; default: the machine's cores, on "
+        "a GPU also no more than one for each 2 GiB of its memory",
+    )
+    command.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where models run, in float32; default: a GPU if torch sees one",
     )
     length = command.add_mutually_exclusive_group()
     length.add_argument("--steps", type=_positive, metavar="N", help="steps of each student")
@@ -199,6 +211,22 @@ def _add_demo(commands: Any) -> None:
         "--fast",
         action="store_true",
         help="a small world and a few steps: shows that it works, learns nothing",
+    )
+    world = command.add_mutually_exclusive_group()
+    world.add_argument(
+        "--prepare",
+        type=Path,
+        metavar="DIR",
+        help="only make the data set, into DIR, for --data here or on another machine",
+    )
+    world.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="a data set made by --prepare; checked; default: data/ in --output, made if need be",
+    )
+    command.add_argument(
+        "--report-only", action="store_true", help="train nothing; report what has finished"
     )
 
 
@@ -297,13 +325,22 @@ def _add_doctor(commands: Any) -> None:
 def _run_demo(settings: argparse.Namespace) -> int:
     from drivekd import demo
 
+    if settings.prepare:
+        folder = demo.prepare(settings.prepare, workers=settings.workers, fast=settings.fast)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        print(f"data set: {folder} ({size / 1e6:.1f} MB); use it with --data {folder}")
+        return OK
     report = demo.run(
         settings.output,
+        arms=settings.arms,
         full=settings.full,
         seeds=settings.seeds,
         workers=settings.workers,
         steps=settings.steps,
         fast=settings.fast,
+        data=settings.data,
+        device=settings.device,
+        report_only=settings.report_only,
     )
     print(f"report: {report}")
     return OK

@@ -41,6 +41,10 @@ class NonFiniteLossError(RuntimeError):
     """A loss is NaN or infinite; the message names task, layers and records."""
 
 
+class RunFailedError(RuntimeError):
+    """Some of a study's runs failed; the message names them and where the others' results are."""
+
+
 class TrainingMemoryError(RuntimeError):
     """Training ran out of memory; the message says which settings to change."""
 

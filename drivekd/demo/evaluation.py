@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from drivekd.demo.models import CachedEncoder
 
+BATCH_SIZES = {"cpu": 128, "cuda": 1024}  # a GPU is bound by launches, not by prompts
 ANSWER_TOKENS = 6  # "Final : C. unsafe ahead <end>" is the longest answer
 
 
@@ -28,8 +29,9 @@ def tally_answers(
     records: Sequence[Record],
 ) -> Tallies:
     """Generate an answer to every record greedily, read the choice from the text, and count."""
+    batch_size = BATCH_SIZES[model.device.type]
     answers = generate_answers(
-        model, encoder, tokenizer, records, batch_size=128, max_new_tokens=ANSWER_TOKENS
+        model, encoder, tokenizer, records, batch_size=batch_size, max_new_tokens=ANSWER_TOKENS
     )
     by_question = score(records, answers).by_question
     return _by_capability(records, {q: _plain(t) for q, t in by_question.items()})

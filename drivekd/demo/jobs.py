@@ -1,31 +1,50 @@
-"""Runs as jobs for worker processes: what one needs, how its result is kept and read back.
-
-This module is cheap to import: a worker loads torch and transformers when it starts to work.
-"""
+"""Runs as jobs for worker processes: what one needs, how its result is kept and read back."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from drivekd.demo.settings import CAPABILITIES, ArmSpec, Training, World
+from drivekd.demo.data import differences
+from drivekd.demo.settings import CAPABILITIES, DEFAULT_ARMS, ArmSpec, Training, World
 from drivekd.errors import DataError
 from drivekd.study.schema import Arm, Run, Study
+
+SETTINGS_KEY = "run"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker process needs to make one run."""
+    """What a worker process needs to make one run.
+
+    Attributes:
+        arm: how the student is trained.
+        seed: of its weights and of the order of its data.
+        world: settings of the data.
+        training: settings of the optimisation.
+        data: folder of the data set.
+        digest: of the data set's contents.
+        output: folder of the run.
+        device: "cpu" or "cuda".
+    """
 
     arm: ArmSpec
     seed: int
     world: World
     training: Training
     data: Path
+    digest: str
     output: Path
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"{self.arm.name} (seed {self.seed})"
 
     @property
     def file(self) -> Path:
@@ -33,20 +52,31 @@ class Job:
         return self.output / "run.json"
 
     @property
-    def cost(self) -> float:
-        """Rough cost against the plain arm, for starting the longest first."""
-        return self.arm.steps_factor * (1 + len(self.arm.signals))
+    def settings(self) -> dict[str, Any]:
+        """All that the run's result depends on, flat."""
+        parts = {"arm": asdict(self.arm), "world": asdict(self.world)}
+        parts["training"] = asdict(self.training)
+        flat = {f"{part}.{name}": value for part in parts for name, value in parts[part].items()}
+        return {**flat, "seed": self.seed, "device": self.device, "data": self.digest}
 
-    @property
-    def key(self) -> str:
-        """All settings of the run, as text."""
-        parts = [asdict(self.arm), self.seed, asdict(self.world), asdict(self.training)]
-        return json.dumps(parts, sort_keys=True)
+
+def in_order(jobs: Sequence[Job], workers: int) -> list[Job]:
+    """The jobs in the order in which to start them.
+
+    The arms that every report needs come first, then the longest, so that none is left for the
+    end. Few workers go seed by seed, so that a study that is stopped has whole seeds.
+    """
+    seed_by_seed = workers < len({job.arm for job in jobs})
+
+    def rank(job: Job) -> tuple[float, ...]:
+        cost = job.arm.steps_factor * (1 + len(job.arm.signals))
+        return (job.seed if seed_by_seed else 0, job.arm not in DEFAULT_ARMS, -cost, job.seed)
+
+    return sorted(jobs, key=rank)
 
 
 def work(job: Job) -> Run:
     """Make a run in this process and keep it."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     from transformers.utils import logging
 
     from drivekd.demo.training import run_job
@@ -61,8 +91,8 @@ def work(job: Job) -> Run:
 
     run = run_job(job, say)
     document = Study(
-        title=f"{job.arm.name}, seed {job.seed}",
-        settings={"key": job.key},
+        title=job.name,
+        settings={SETTINGS_KEY: json.dumps(job.settings)},
         notes=(),
         capabilities=CAPABILITIES,
         arms=(Arm(job.arm.name, job.arm.label, job.arm.description),),
@@ -84,8 +114,11 @@ def read_run(job: Job) -> Run | None:
     if not job.file.exists():
         return None
     study = Study.from_json(job.file.read_text(encoding="utf-8"))
-    if study.settings["key"] != job.key:
-        raise DataError(
-            f"{job.output} was made with other settings; remove it or choose another --output"
-        )
+    remedy = "remove it or choose another --output"
+    if SETTINGS_KEY not in study.settings:
+        raise DataError(f"{job.output} holds a run of another version of drivekd; {remedy}")
+    found = json.loads(str(study.settings[SETTINGS_KEY]))
+    wanted = json.loads(json.dumps(job.settings))
+    if unlike := differences(found, wanted):
+        raise DataError(f"{job.output} holds a run made with other settings: {unlike}; {remedy}")
     return study.runs[0]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import platform
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from drivekd.data import load_records
-from drivekd.demo.data import make_world
+from drivekd.demo.data import Contents, make_world, open_world
+from drivekd.demo.devices import choose_device, default_workers, device_name
 from drivekd.demo.evaluation import tally_majority
-from drivekd.demo.jobs import Job, read_run, work
+from drivekd.demo.jobs import Job, in_order, read_run, work
 from drivekd.demo.overlays import draw_overlays
 from drivekd.demo.settings import (
     CAPABILITIES,
@@ -23,6 +23,7 @@ from drivekd.demo.settings import (
     DEFAULT_ARMS,
     FULL_ARMS,
     LOGIT_SHARE,
+    MULTI_AGP,
     SHARE,
     SMOKE_STEPS,
     SMOKE_WORLD,
@@ -31,6 +32,9 @@ from drivekd.demo.settings import (
     World,
 )
 from drivekd.demo.teachers import read_facts
+from drivekd.demo.workers import Failure, run_jobs
+from drivekd.errors import DataError, RunFailedError
+from drivekd.study.plots import Plot
 from drivekd.study.report import write_report
 from drivekd.study.schema import Arm, Baseline, Comparison, Run, Study
 from drivekd.study.tables import format_table
@@ -52,82 +56,193 @@ NOTES = (
     "them is not counted in any arm.",
     "A blank image is the empty road. An answer whose letter and words contradict each other is "
     "wrong.",
-    "CPU seconds are processor time of one thread, evaluation left out, with the teachers running "
-    "live in every step; two arms share the machine.",
 )
+CPU_NOTE = (
+    "CPU seconds are processor time of one thread, evaluation left out, with the teachers running "
+    "live in every step. Runs side by side share the machine."
+)
+GPU_NOTE = (
+    "Trained on a GPU in float32 without TF32. CPU seconds are those of the process that drives "
+    "it, waiting for it included; runs side by side share the GPU, so wall seconds are no speed of "
+    "one run alone."
+)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that a study is to hold."""
+
+    arms: tuple[ArmSpec, ...]
+    seeds: tuple[int, ...]
+    world: World
+    training: Training
+    data: Path
+    contents: Contents
+    output: Path
+    device: str
+    workers: int
+
+    def jobs(self) -> list[Job]:
+        """All runs, seed by seed."""
+        return [
+            Job(
+                arm,
+                seed,
+                self.world,
+                self.training,
+                self.data,
+                self.contents.digest,
+                self.output / "students" / f"{arm.name}-{seed}",
+                self.device,
+            )
+            for seed in self.seeds
+            for arm in self.arms
+        ]
+
+
+def prepare(folder: Path, *, workers: int | None = None, fast: bool = False) -> Path:
+    """What `drivekd.demo.prepare` documents."""
+    world = SMOKE_WORLD if fast else World()
+    make_world(folder, world, workers=workers or os.cpu_count() or 1, progress=_print_frames)
+    return folder
 
 
 def run_demo(
     output: Path,
     *,
+    arms: Sequence[str] | None = None,
     full: bool = False,
     seeds: Sequence[int] | None = None,
-    workers: int = 2,
+    workers: int | None = None,
     steps: int | None = None,
     fast: bool = False,
+    data: Path | None = None,
+    device: str = "auto",
+    report_only: bool = False,
 ) -> Path:
     """What `drivekd.demo.run` documents."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     begin = time.monotonic()
-    arms = FULL_ARMS if full else DEFAULT_ARMS
+    chosen = _choose_arms(arms, full=full)
+    device = choose_device(device)
+    workers = workers or default_workers(device)
     world = SMOKE_WORLD if fast else World()
-    training = Training(steps=steps or (SMOKE_STEPS if fast else Training.steps))
-    chosen = tuple(seeds) if seeds is not None else FULL_SEEDS if full else (0,)
     output = output.absolute()
-    data = output / "data"
-    print(f"{len(arms)} arms x {len(chosen)} seed(s), {training.steps} steps each -> {output}")
-    make_world(data, world, workers=workers, progress=_print_frames)
-    jobs = [
-        Job(arm, seed, world, training, data, output / "students" / f"{arm.name}-{seed}")
-        for seed in chosen
-        for arm in arms
-    ]
-    runs = _run_all(jobs, workers)
-    study = _study(arms, runs, world, training, data, chosen)
-    overlays = draw_overlays(data, world, jobs[1].output / "student")
-    page = write_report(output, study, figures=overlays)
-    print(format_table(study))
-    print(f"\n{(time.monotonic() - begin) / 60:.1f} minutes; plots and tables in {page}")
+    folder = output / "data" if data is None else data.absolute()
+    wanted = seeds if seeds is not None else FULL_SEEDS if full else (0,)
+    plan = _Plan(
+        arms=chosen,
+        seeds=tuple(dict.fromkeys(wanted)),
+        world=world,
+        training=Training(steps=steps or (SMOKE_STEPS if fast else Training.steps)),
+        data=folder,
+        contents=_world(folder, world, workers, may_make=data is None and not report_only),
+        output=output,
+        device=device,
+        workers=workers,
+    )
+    print(
+        f"{len(plan.arms)} arms x {len(plan.seeds)} seed(s), {plan.training.steps} steps each, on "
+        f"{device_name(device)}, {min(workers, len(plan.jobs()))} at a time -> {output}",
+        flush=True,
+    )
+    made = _run_all(plan, report_only=report_only)
+    if made.runs:
+        study = _study(plan, made)
+        page = write_report(output, study, figures=_overlays(plan, study))
+        print(f"\n{format_table(study)}\n\n{(time.monotonic() - begin) / 60:.1f} minutes")
+    if made.interrupted:
+        raise KeyboardInterrupt
+    if made.failures:
+        failed = "; ".join(f"{job.name}: {failure.reason}" for job, failure in made.failures)
+        kept = f"; the report of the others is {page}" if made.runs else ""
+        raise RunFailedError(
+            f"{len(made.failures)} of {len(plan.jobs())} runs failed{kept}: {failed}"
+        )
+    if not made.runs:
+        raise DataError(f"{output} holds no finished run of these arms and seeds")
     return page
 
 
-def _run_all(jobs: Sequence[Job], workers: int) -> list[Run]:
-    """Every run, made in worker processes or read back; the longest of a seed first."""
-    runs = [run for job in jobs if (run := read_run(job)) is not None]
-    open_jobs = sorted(
-        (job for job in jobs if not job.file.exists()), key=lambda job: (job.seed, -job.cost)
-    )
-    if not open_jobs:
-        return runs
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(open_jobs)), mp_context=context)
+def _choose_arms(names: Sequence[str] | None, *, full: bool) -> tuple[ArmSpec, ...]:
+    """The arms of these names, in the report's order."""
+    if names is None:
+        return FULL_ARMS if full else DEFAULT_ARMS
+    known = [arm.name for arm in FULL_ARMS]
+    if unknown := [name for name in names if name not in known]:
+        raise DataError(f"arms has {', '.join(unknown)}; there are {', '.join(known)}")
+    return tuple(arm for arm in FULL_ARMS if arm.name in names)
+
+
+def _world(folder: Path, world: World, workers: int, *, may_make: bool) -> Contents:
+    """The data set's contents; it is made if that is allowed."""
+    if not may_make:
+        return open_world(folder, world)
     try:
-        for done in as_completed([pool.submit(work, job) for job in open_jobs]):
-            runs.append(done.result())
-            print(f"{len(runs)} of {len(jobs)} runs done", flush=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return runs
+        return make_world(folder, world, workers=workers, progress=_print_frames)
+    except ImportError as error:
+        raise ImportError(
+            f"{error}; without it, give --data a data set that `drivekd demo --prepare DIR` made "
+            "on another machine",
+            name=error.name,
+        ) from error
 
 
-def _study(
-    arms: Sequence[ArmSpec],
-    runs: Sequence[Run],
-    world: World,
-    training: Training,
-    data: Path,
-    seeds: Sequence[int],
-) -> Study:
+@dataclass
+class _Made:
+    """What came of a plan's jobs: runs in the order of the jobs."""
+
+    runs: list[Run]
+    missing: list[Job]
+    failures: list[tuple[Job, Failure]]
+    interrupted: bool = False
+
+
+def _run_all(plan: _Plan, *, report_only: bool) -> _Made:
+    """Every run, made in worker processes or read back."""
+    jobs = plan.jobs()
+    runs = {job: run for job in jobs if (run := read_run(job)) is not None}
+    failures: list[tuple[Job, Failure]] = []
+    interrupted = False
+    if runs:
+        print(f"{len(runs)} of {len(jobs)} runs were done before", flush=True)
+    missing = [] if report_only else [job for job in jobs if job not in runs]
+    try:
+        for job, outcome in run_jobs(in_order(missing, plan.workers), plan.workers, work):
+            if isinstance(outcome, Failure):
+                failures.append((job, outcome))
+                print(f"{job.name} FAILED: {outcome.reason}", flush=True)
+            else:
+                runs[job] = outcome
+                print(f"{len(runs)} of {len(jobs)} runs done", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+        print(f"interrupted; {len(runs)} of {len(jobs)} runs are done and kept", flush=True)
+    done = [runs[job] for job in jobs if job in runs]
+    return _Made(done, [job for job in jobs if job not in runs], failures, interrupted)
+
+
+def _overlays(plan: _Plan, study: Study) -> list[Plot]:
+    """Attention of the teachers and of one student: of the main arm, if there is one."""
+    finished = {(run.arm, run.seed) for run in study.runs}
+    jobs = [job for job in plan.jobs() if (job.arm.name, job.seed) in finished]
+    job = next((job for job in jobs if job.arm == MULTI_AGP), jobs[-1])
+    return draw_overlays(plan.data, plan.world, job.output / "student", job.name)
+
+
+def _study(plan: _Plan, made: _Made) -> Study:
     """The document behind the report."""
-    facts = read_facts()
+    facts, data = read_facts(), plan.data
     train, test = load_records(data / "train.json"), load_records(data / "test.json")
+    arms = [arm for arm in plan.arms if any(run.arm == arm.name for run in made.runs)]
     names = {arm.name for arm in arms}
+    world, training, is_whole_world = plan.world, plan.training, plan.world == World()
     settings: dict[str, Any] = {
         "frames (train, val, test)": [world.train_frames, world.val_frames, world.test_frames],
         "students' share of the training frames": world.student_fraction,
         "test questions": len(test),
-        "student seeds": list(seeds),
+        "student seeds": list(plan.seeds),
         "steps": training.steps,
         "batch size": training.batch_size,
         "learning rate": training.learning_rate,
@@ -135,19 +250,28 @@ def _study(
         "share held by each logit signal": LOGIT_SHARE,
         "teachers' steps (joint, then own capability)": [facts.joint_steps, facts.own_steps],
         "teacher parameters": facts.teachers[0].parameters,
-        "student parameters": runs[0].parameters,
+        "student parameters": made.runs[0].parameters,
+        "device": device_name(plan.device),
+        "runs at a time": min(plan.workers, len(plan.jobs())),
         "cores": os.cpu_count() or 1,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "highway-env")},
+        **{name: version(name) for name in ("torch", "transformers")},
+        "highway-env": plan.contents.versions["highway-env"],
     }
+    teachers = tuple(replace(each, name=f"{each.name} teacher") for each in facts.teachers)
+    notes = [*NOTES, CPU_NOTE if plan.device == "cpu" else GPU_NOTE]
+    if not is_whole_world:
+        notes.insert(0, TINY)
+    if made.missing:
+        notes.insert(0, f"Not finished: {', '.join(job.name for job in made.missing)}.")
     return Study(
         title="Three teachers, one student, a simulated highway",
         settings=settings,
-        notes=NOTES if world == World() else (TINY, *NOTES),
+        notes=tuple(notes),
         capabilities=CAPABILITIES,
         arms=tuple(Arm(arm.name, arm.label, arm.description) for arm in arms),
-        runs=tuple(runs),
-        teachers=facts.teachers if world == World() else (),  # measured on that world's test set
+        runs=tuple(made.runs),
+        teachers=teachers if is_whole_world else (),  # measured on that world's test set
         baselines=(Baseline("majority answer", tally_majority(test, train)),),
         reference=arms[0].name,
         comparisons=tuple(Comparison(a, b) for a, b in COMPARISONS if {a, b} <= names),

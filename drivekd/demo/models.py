@@ -128,10 +128,14 @@ def build_model(
 class CachedEncoder:
     """The encoder that every toy model shares (one 168 x 48 tile, 36 vision tokens), remembering.
 
-    The demo's frames fit in memory, and a frame is read in every epoch by every arm.
+    The demo's frames fit in memory, and a frame is read in every epoch by every arm. Pixels are
+    kept on `device`, so that they travel there once.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, root: Path) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, root: Path, *, device: str = "cpu"
+    ) -> None:
+        self._device = device
         self._encoder = SingleTileEncoder(
             tokenizer,
             image_size=IMAGE_SIZE,
@@ -162,5 +166,6 @@ class CachedEncoder:
 
     def _shared(self, record: Record, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same, with one copy of the pixels for all questions about a frame."""
-        pixels = self._pixels.setdefault(record.images, encoded["pixel_values"])
-        return {**encoded, "pixel_values": pixels}
+        if record.images not in self._pixels:
+            self._pixels[record.images] = encoded["pixel_values"].to(self._device)
+        return {**encoded, "pixel_values": self._pixels[record.images]}

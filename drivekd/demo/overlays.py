@@ -31,11 +31,11 @@ _ROWS = 3
 _ZOOM = 4
 
 
-def draw_overlays(data: Path, world: World, student_folder: Path) -> list[Plot]:
+def draw_overlays(data: Path, world: World, student_folder: Path, who: str) -> list[Plot]:
     """One figure a capability: where the teacher and the student look before they answer.
 
     The map is the head mean of the first layer for perception and of the penultimate one otherwise,
-    in the row of the prompt's last token, over the vision tokens.
+    in the row of the prompt's last token, over the vision tokens. `who` names the student.
     """
     from transformers import InternVLForConditionalGeneration
 
@@ -63,9 +63,9 @@ def draw_overlays(data: Path, world: World, student_folder: Path) -> list[Plot]:
                 name=f"overlay_{name}",
                 title=title,
                 caption=f"Head mean of the {which} layer, from the prompt's last token to the "
-                "picture: frame, teacher, student, student minus teacher. Test frames, the first "
-                "of each kind of question.",
-                alt=f"Attention of the {name} teacher and of the student over {len(records)} "
+                f"picture: frame, {name} teacher, student {who}, student minus teacher. Test "
+                "frames, the first of each kind of question.",
+                alt=f"Attention of the {name} teacher and of {who} over {len(records)} "
                 "test frames, patch by patch, and their difference.",
                 png=plot_overlays(overlays, title=title),
             )

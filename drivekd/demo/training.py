@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +17,12 @@ from drivekd.demo.data import Splits, blanked, load_splits
 from drivekd.demo.evaluation import tally_answers
 from drivekd.demo.jobs import Job
 from drivekd.demo.models import STUDENT, TEACHER, CachedEncoder, build_model
-from drivekd.demo.settings import ArmSpec
+from drivekd.demo.settings import ArmSpec, World
 from drivekd.demo.teachers import load_teacher, load_tokenizer
 from drivekd.study.schema import CurvePoint, LossPoint, ProjectionPoint, Run, Signal
 from drivekd.study.statistics import micro
 from drivekd.train import DistillConfig, DistillTrainer, ProjectionConfig, SignalConfig
+from drivekd.train.placement import leave_other_gpus
 
 if TYPE_CHECKING:
     from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
@@ -92,16 +94,16 @@ def run_job(job: Job, say: Callable[[str], None]) -> Run:
         The run as the report shows it.
     """
     torch.set_num_threads(1)  # small models: one thread a process is fastest, and repeatable
-    splits = load_splits(job.data, job.world)
-    tokenizer = load_tokenizer()
-    encoder = CachedEncoder(tokenizer, splits.root)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    splits, tokenizer, encoder = _load_data(job.data, job.world, job.device)
     student = build_model(STUDENT, tokenizer, seed=job.seed)
     empty_road = encoder.encode_prompt(blanked(splits.test)[0])["pixel_values"]
-    clock = TeacherClock()
+    teacher_clock = TeacherClock()
     recorder = Recorder(job, student, encoder, tokenizer, splits, say)
     trainer = DistillTrainer(
         student,
-        prepare_teachers(job.arm, tokenizer, empty_road, clock),
+        prepare_teachers(job.arm, tokenizer, empty_road, teacher_clock),
         distill_config(job.arm, job.seed),
         args=_arguments(job),
         train_dataset=splits.student,
@@ -113,13 +115,15 @@ def run_job(job: Job, say: Callable[[str], None]) -> Run:
     student.save_pretrained(job.output / "student")
     tokenizer.save_pretrained(job.output / "student")
     measure = partial(tally_answers, student, encoder, tokenizer)
+    clock = recorder.clock
     run = Run(
         arm=job.arm.name,
         seed=job.seed,
         steps=trainer.state.global_step,
         parameters=sum(parameter.numel() for parameter in student.parameters()),
-        cpu_seconds=recorder.cpu_seconds,
-        teacher_cpu_seconds=min(clock.seconds, recorder.cpu_seconds),
+        cpu_seconds=clock.cpu,
+        wall_seconds=clock.wall,
+        teacher_cpu_seconds=min(teacher_clock.seconds, clock.cpu),
         accuracy=measure(splits.test),
         blank=measure(blanked(splits.test)),
         learning_curve=tuple(recorder.curve),
@@ -128,6 +132,32 @@ def run_job(job: Job, say: Callable[[str], None]) -> Run:
     )
     say("test " + _percentages({c: micro(t.values()).accuracy for c, t in run.accuracy.items()}))
     return run
+
+
+@lru_cache(maxsize=1)  # a process makes one run after the other, of one data set
+def _load_data(
+    data: Path, world: World, device: str
+) -> tuple[Splits, PreTrainedTokenizerFast, CachedEncoder]:
+    """The splits, the tokenizer, and the encoder that remembers them encoded."""
+    splits, tokenizer = load_splits(data, world), load_tokenizer()
+    return splits, tokenizer, CachedEncoder(tokenizer, splits.root, device=device)
+
+
+class TrainingClock:
+    """Processor and wall seconds while it goes."""
+
+    def __init__(self) -> None:
+        self.cpu = self.wall = 0.0
+        self._start = (0.0, 0.0)
+
+    def go(self) -> None:
+        """Count from now on."""
+        self._start = (time.process_time(), time.monotonic())
+
+    def stop(self) -> None:
+        """Count no longer."""
+        self.cpu += time.process_time() - self._start[0]
+        self.wall += time.monotonic() - self._start[1]
 
 
 class TeacherClock:
@@ -164,37 +194,33 @@ class Recorder(transformers.TrainerCallback):  # type: ignore[misc]
         self._evaluate = partial(tally_answers, student, encoder, tokenizer, splits.val)
         self._every = job.training.evaluate_every
         self._say = say
-        self._start = self._evaluating = 0.0
-        self._total: float | None = None
+        self.clock = TrainingClock()
         self.curve: list[CurvePoint] = []
         self.losses: list[LossPoint] = []
         self.projections: list[ProjectionPoint] = []
 
-    @property
-    def cpu_seconds(self) -> float:
-        """Processor seconds of training so far, or of all of it once it has ended."""
-        if self._total is not None:
-            return self._total
-        return time.process_time() - self._start - self._evaluating
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        self._start = time.process_time()
+        self._say(f"training begins, {state.max_steps} steps")
+        self.clock.go()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop the clock: what comes later is evaluation."""
-        self._total = self.cpu_seconds
+        self.clock.stop()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure on the validation questions now and then."""
         if state.global_step % self._every and state.global_step != state.max_steps:
             return
-        seconds, begin = self.cpu_seconds, time.process_time()
+        self.clock.stop()
         tallies = self._evaluate()
-        self._evaluating += time.process_time() - begin
         accuracy = {c: micro(t.values()).accuracy for c, t in tallies.items()}
-        self.curve.append(CurvePoint(state.global_step, seconds, accuracy))
-        self._say(f"step {state.global_step}/{state.max_steps} {_percentages(accuracy)}")
+        self.curve.append(CurvePoint(state.global_step, self.clock.cpu, accuracy))
+        done, steps = state.global_step, state.max_steps
+        left = self.clock.wall * (steps / done - 1) / 60
+        to_go = f", {left:.1f} min to go" if done < steps else ""
+        self._say(f"step {done}/{steps}{to_go}  {_percentages(accuracy)}")
+        self.clock.go()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep losses and what the projector saw."""
@@ -218,7 +244,7 @@ class Recorder(transformers.TrainerCallback):  # type: ignore[misc]
 
 def _arguments(job: Job) -> transformers.TrainingArguments:
     training = job.training
-    return transformers.TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=str(job.output),
         max_steps=round(training.steps * job.arm.steps_factor),
         per_device_train_batch_size=training.batch_size,
@@ -234,11 +260,13 @@ def _arguments(job: Job) -> transformers.TrainingArguments:
         report_to=[],
         seed=job.seed,
         data_seed=job.seed,
-        use_cpu=True,
+        use_cpu=job.device == "cpu",
         remove_unused_columns=False,
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
+    leave_other_gpus(arguments)
+    return arguments
 
 
 def _blank(

@@ -73,12 +73,13 @@ def load_study(path: Path) -> Study:
 
 def _all_tables(study: Study) -> list[tables.Table]:
     """The tables that follow the plots or the first table, in order."""
-    return [
+    made = [
         tables.difference_table(study),
         tables.compute_table(study),
         tables.question_table(study),
         tables.settings_table(study),
     ]
+    return [table for table in made if table.rows]  # one arm has no differences
 
 
 def _markdown(study: Study, plots: list[Plot]) -> str:

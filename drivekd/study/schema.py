@@ -99,6 +99,7 @@ class Run:
         cpu_seconds: processor time of the training, evaluation left out.
         accuracy: tallies on the test set.
         teacher_cpu_seconds: the part of `cpu_seconds` spent on teachers (live, or caching maps).
+        wall_seconds: time of the training, evaluation left out; 0 if it was not measured.
         blank: tallies on the test set with every image blanked; empty when not measured.
         learning_curve: points on the validation set.
         loss_curve: training losses.
@@ -112,6 +113,7 @@ class Run:
     cpu_seconds: float
     accuracy: Tallies
     teacher_cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
     blank: Tallies = field(default_factory=dict)
     learning_curve: tuple[CurvePoint, ...] = ()
     loss_curve: tuple[LossPoint, ...] = ()
@@ -249,6 +251,8 @@ def _problems(study: Study) -> Iterator[str]:
         seen.add((run.arm, run.seed))
         if not 0 <= run.teacher_cpu_seconds <= run.cpu_seconds < math.inf:
             yield f"{where}: 0 <= teacher_cpu_seconds <= cpu_seconds does not hold"
+        if not 0 <= run.wall_seconds < math.inf:
+            yield f"{where}: wall_seconds is {run.wall_seconds}; it must be finite and not negative"
         if run.steps < 0 or run.parameters < 0:
             yield f"{where}: steps and parameters must not be negative"
         for point in run.learning_curve:

@@ -110,27 +110,34 @@ def difference_table(study: Study) -> Table:
 
 
 def compute_table(study: Study) -> Table:
-    """Steps, parameters and processor time of every arm."""
+    """Steps, parameters, processor time and, where it was measured, wall time of every arm."""
     rows = []
+    columns = ["", "seeds", "steps", "parameters", "CPU s", "of which teacher", "CPU ms a step"]
+    notes = [
+        "CPU s: processor seconds of one training run, mean over seeds, evaluation left out; "
+        "training the teachers is not counted."
+    ]
+    is_timed = any(run.wall_seconds for run in study.runs)
+    if is_timed:
+        columns.append("wall s")
+        notes.append("Wall s: the time that one training run took, beside the others that ran.")
     for arm in study.arms:
         runs = study.runs_of(arm.name)
         seconds = [run.cpu_seconds for run in runs]
         steps = sum(run.steps for run in runs)
-        cells = (
+        cells = [
             str(len(runs)),
             _distinct(f"{run.steps:,}" for run in runs),
             _distinct(_millions(run.parameters) for run in runs),
             _seconds(sum(seconds) / len(runs)),
             _seconds(sum(run.teacher_cpu_seconds for run in runs) / len(runs)),
             f"{1000 * sum(seconds) / steps:.0f}" if steps else NOT_MEASURED,
-        )
-        rows.append(Row(arm.label, cells, "arm"))
-    columns = ("", "seeds", "steps", "parameters", "CPU s", "of which teacher", "CPU ms a step")
-    notes = (
-        "CPU s: processor seconds of one training run, mean over seeds, evaluation left out; "
-        "training the teachers is not counted.",
-    )
-    return Table("Compute", columns, tuple(rows), notes)
+        ]
+        if is_timed:
+            wall = [run.wall_seconds for run in runs if run.wall_seconds]
+            cells.append(_seconds(sum(wall) / len(wall)) if wall else NOT_MEASURED)
+        rows.append(Row(arm.label, tuple(cells), "arm"))
+    return Table("Compute", tuple(columns), tuple(rows), tuple(notes))
 
 
 def question_table(study: Study) -> Table:
@@ -167,7 +174,7 @@ def settings_table(study: Study) -> Table:
 def format_table(study: Study) -> str:
     """The study's main tables and notes as text of plain ASCII punctuation, for a terminal."""
     main = (accuracy_table(study), difference_table(study), compute_table(study))
-    parts = [study.title, *(to_text(table) for table in main)]
+    parts = [study.title, *(to_text(table) for table in main if table.rows)]
     if study.notes:
         parts.append("Notes\n\n" + "\n".join(f"- {note}" for note in study.notes))
     return "\n\n".join(parts)

@@ -1,13 +1,16 @@
 """The main job on its smoke world, and the pieces that a full run rests on."""
 
 import json
+import re
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from drivekd.data import Message, Record
 from drivekd.demo import run
-from drivekd.demo.data import load_splits, make_world
+from drivekd.demo.data import load_splits, make_world, open_world
 from drivekd.demo.evaluation import tally_majority
 from drivekd.demo.jobs import Job, read_run
 from drivekd.demo.models import (
@@ -27,8 +30,8 @@ from drivekd.demo.settings import (
     World,
 )
 from drivekd.demo.teachers import ASSETS, load_teacher, load_tokenizer, read_facts
-from drivekd.demo.training import distill_config, prepare_teachers
-from drivekd.errors import DataError
+from drivekd.demo.training import _arguments, distill_config, prepare_teachers
+from drivekd.errors import DataError, RunFailedError
 
 
 class Clock:
@@ -40,7 +43,7 @@ class Clock:
 def smoke(tmp_path_factory):
     """One smoke run of the whole demo: folder, and the page it returned."""
     folder = tmp_path_factory.mktemp("demo")
-    return folder, run(folder, workers=2, fast=True)
+    return folder, run(folder, workers=2, fast=True, device="cpu")
 
 
 @pytest.mark.slow
@@ -58,6 +61,8 @@ def test_demo_leaves_report_plots_and_students(smoke):
     distilled = next(run for run in document["runs"] if run["arm"] == "multi+agp")
     assert distilled["projection_log"][0]["signals"].keys() == set(CAPABILITIES)
     assert distilled["teacher_cpu_seconds"] > 0
+    assert all(run["wall_seconds"] > 0 for run in document["runs"])
+    assert [run["arm"] for run in document["runs"]] == ["ce", "multi+agp"]  # not as they ended
     assert (folder / "students" / "multi+agp-0" / "student" / "model.safetensors").exists()
 
 
@@ -65,8 +70,10 @@ def test_demo_leaves_report_plots_and_students(smoke):
 def test_demo_goes_on_where_it_stopped(smoke, capsys):
     folder, _ = smoke
     files = {file: file.stat().st_mtime_ns for file in folder.glob("students/*/run.json")}
-    run(folder, workers=1, fast=True)
-    assert " step " not in capsys.readouterr().out
+    run(folder, workers=1, fast=True, device="cpu")
+    out = capsys.readouterr().out
+    assert "step 20/20" not in out
+    assert "2 of 2 runs were done before" in out
     assert {file: file.stat().st_mtime_ns for file in files} == files
 
 
@@ -81,9 +88,93 @@ def test_world_of_other_settings_is_refused(smoke):
 def test_run_of_other_settings_is_refused(smoke):
     folder, _ = smoke
     output = folder / "students" / "ce-0"
-    job = Job(CE, 0, SMOKE_WORLD, Training(steps=21), folder / "data", output)
-    with pytest.raises(DataError, match="other settings"):
+    digest = open_world(folder / "data", SMOKE_WORLD).digest
+    job = Job(CE, 0, SMOKE_WORLD, Training(steps=20), folder / "data", digest, output)
+    assert read_run(job).steps == 20
+    for change, said in (
+        ({"training": Training(steps=21)}, "training.steps is 20, wanted 21; remove"),
+        ({"device": "cuda"}, "device is 'cpu', wanted 'cuda'; remove"),
+        ({"digest": "other"}, f"data is '{digest}', wanted 'other'; remove"),
+    ):
+        with pytest.raises(DataError, match=re.escape(f"made with other settings: {said}")):
+            read_run(replace(job, **change))
+
+
+@pytest.mark.slow
+def test_run_of_another_version_is_refused(smoke, tmp_path):
+    folder, _ = smoke
+    document = json.loads((folder / "students" / "ce-0" / "run.json").read_text())
+    document["settings"] = {"key": "[]"}
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    job = Job(CE, 0, SMOKE_WORLD, Training(steps=20), folder / "data", "d", tmp_path)
+    with pytest.raises(DataError, match="holds a run of another version of drivekd; remove it"):
         read_run(job)
+
+
+@pytest.fixture
+def half(smoke, tmp_path, monkeypatch):
+    """Runs the demo on the smoke run's data where one of two students is finished; the other's
+    worker does as told."""
+    folder, _ = smoke
+    shutil.copytree(folder / "students" / "ce-0", tmp_path / "students" / "ce-0")
+
+    def start(run_jobs=None, **settings):
+        if run_jobs is not None:
+            monkeypatch.setattr("drivekd.demo.main.run_jobs", run_jobs)
+        return run(tmp_path, fast=True, data=folder / "data", device="cpu", **settings)
+
+    return tmp_path, start
+
+
+def document_of(folder):
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_an_interrupted_demo_reports_what_has_finished(half, capsys):
+    folder, start = half
+
+    def run_jobs(jobs, workers, work):
+        assert [job.name for job in jobs] == ["multi+agp (seed 0)"]
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        start(run_jobs)
+    assert "interrupted; 1 of 2 runs are done and kept" in capsys.readouterr().out
+    document = document_of(folder)
+    assert [arm["name"] for arm in document["arms"]] == ["ce"]
+    assert document["notes"][0] == "Not finished: multi+agp (seed 0)."
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "student ce (seed 0)" in page  # in the overlays' captions
+    assert "Differences" not in page
+
+
+@pytest.mark.slow
+def test_a_report_of_what_has_finished_trains_nothing(half, tmp_path_factory):
+    folder, start = half
+    assert start(lambda jobs, *_: iter(jobs), report_only=True) == folder / "report.html"
+    assert document_of(folder)["notes"][0] == "Not finished: multi+agp (seed 0)."
+    (folder / "students" / "ce-0" / "run.json").unlink()
+    with pytest.raises(DataError, match="holds no finished run"):
+        start(report_only=True)
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named_and_the_others_are_reported(half, capsys):
+    """Its result cannot be written: a folder is in the way."""
+    folder, start = half
+    (folder / "students" / "planning-0" / "run.tmp").mkdir(parents=True)
+    with pytest.raises(RunFailedError) as failure:
+        start(arms=["ce", "planning"], workers=2)
+    said = str(failure.value)
+    page, log = folder / "report.html", folder / "students" / "planning-0" / "error.txt"
+    start_of = f"1 of 2 runs failed; the report of the others is {page}: planning (seed 0): "
+    assert said.startswith(f"{start_of}IsADirectoryError: ")
+    assert said.endswith(f"({log})")
+    assert "write_text" in log.read_text(encoding="utf-8")
+    assert "planning (seed 0) FAILED: IsADirectoryError" in capsys.readouterr().out
+    assert [run["arm"] for run in document_of(folder)["runs"]] == ["ce"]
 
 
 @pytest.mark.slow
@@ -180,3 +271,24 @@ def test_cached_encoder_shares_pixels_between_questions_about_a_frame(tmp_path):
     first, second = (encoder(record)["pixel_values"] for record in records)
     assert first.data_ptr() == second.data_ptr()
     assert encoder.encode_prompt(records[0])["pixel_values"].data_ptr() == first.data_ptr()
+
+
+def test_cached_encoder_keeps_pixels_on_its_device_and_tokens_on_the_cpu(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (168, 48), (10, 20, 30)).save(tmp_path / "a.png")
+    messages = (Message("user", "<image>\nA. yes"), Message("assistant", "Final: A."))
+    record = Record(messages=messages, images=("a.png",), question_type="x", id="0")
+    encoder = CachedEncoder(build_tokenizer([record]), tmp_path, device="meta")
+    for encoded in (encoder(record), encoder.encode_prompt(record)):
+        assert encoded["pixel_values"].device.type == "meta"
+        assert encoded["input_ids"].device.type == "cpu"
+
+
+def test_students_train_on_the_device_of_their_job(tmp_path):
+    """On the CPU where asked; a job for a GPU leaves the choice to the trainer, on one GPU."""
+    for device, on_cpu in (("cpu", True), ("cuda", False)):
+        job = Job(CE, 0, SMOKE_WORLD, Training(steps=4), tmp_path, "d", tmp_path, device)
+        arguments = _arguments(job)
+        assert arguments.use_cpu == on_cpu
+        assert arguments.n_gpu <= 1

@@ -123,6 +123,9 @@ def test_version_is_printed(capsys):
         ["demo", "--steps", "0"],
         ["demo", "--workers", "many"],
         ["demo", "--fast", "--steps", "3"],
+        ["demo", "--full", "--arms", "ce"],
+        ["demo", "--prepare", "a", "--data", "b"],
+        ["demo", "--device", "tpu"],
         ["data"],
         ["data", "check"],
         ["evaluate", "model"],
@@ -219,28 +222,37 @@ def test_demo_passes_its_settings_on(fake, capsys):
     fake("demo", run=run)
     assert main(["demo"]) == 0
     out = Path("runs/demo")
-    cores = os.cpu_count()
-    default = {"full": False, "seeds": None, "workers": cores, "steps": None, "fast": False}
+    default = {
+        "arms": None, "full": False, "seeds": None, "workers": None, "steps": None, "fast": False,
+        "data": None, "device": "auto", "report_only": False,
+    }  # fmt: skip
     assert calls.pop() == (out, default)
     assert capsys.readouterr().out == f"report: {out / 'report.html'}\n"
-    line = [
-        "demo",
-        "--output",
-        "o",
-        "--full",
-        "--seeds",
-        "3",
-        "1",
-        "--workers",
-        "1",
-        "--steps",
-        "9",
-    ]
-    assert main(line) == 0
-    wanted = {"full": True, "seeds": [3, 1], "workers": 1, "steps": 9, "fast": False}
+    line = "demo --output o --full --seeds 3 1 --workers 1 --steps 9 --data w --device cpu"
+    assert main([*line.split(), "--report-only"]) == 0
+    wanted = {
+        "arms": None, "full": True, "seeds": [3, 1], "workers": 1, "steps": 9, "fast": False,
+        "data": Path("w"), "device": "cpu", "report_only": True,
+    }  # fmt: skip
     assert calls.pop() == (Path("o"), wanted)
-    assert main(["demo", "--fast"]) == 0
-    assert calls.pop()[1]["fast"] is True
+    assert main(["demo", "--fast", "--arms", "ce", "multi"]) == 0
+    assert calls[-1][1]["fast"] is True
+    assert calls.pop()[1]["arms"] == ["ce", "multi"]
+
+
+def test_demo_prepare_makes_the_data_set_and_nothing_else(fake, capsys, tmp_path):
+    calls = []
+
+    def prepare(folder, **settings):
+        calls.append((folder, settings))
+        (folder / "world.json").write_text("x" * 50_000)
+        return folder
+
+    fake("demo", prepare=prepare, run=failing(AssertionError("trained")))
+    assert main(["demo", "--prepare", str(tmp_path), "--fast"]) == 0
+    assert calls == [(tmp_path, {"workers": None, "fast": True})]
+    said = f"data set: {tmp_path} (0.1 MB); use it with --data {tmp_path}\n"
+    assert capsys.readouterr().out == said
 
 
 def test_distill_loads_the_recipe_with_its_overrides(fake, capsys):
