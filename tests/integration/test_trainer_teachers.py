@@ -159,11 +159,9 @@ def test_gpus_that_are_not_the_students_are_left_to_teachers(make, folders, monk
     trainer.train()
 
 
-@pytest.mark.gpu
+@pytest.mark.several_gpus
 def test_each_teacher_on_a_gpu_of_its_own(make, folders):
     """Maps, hidden states and logits, teachers apart from the student and from each other."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     kinds = (
         signal("sort", "a", "first"),
         SignalConfig(name="fold", teacher="b", kind="hidden", student_layers=0, teacher_layers=1),

@@ -106,9 +106,8 @@ def test_no_synchronisation_and_a_graph_replays_it(loss, region):
         assert torch.equal(a, b) and torch.equal(a, c)  # bitwise repeatable, too
 
 
+@pytest.mark.several_gpus
 def test_another_device_than_the_current_one():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU")
     case = make_case(dtype=torch.float32)
     loss = run(case.but(backend="triton"), device="cuda:1")[0]
     assert abs(loss - run_twin(case)[0]) <= 5e-6 * loss
