@@ -13,6 +13,10 @@ import drivekd
 from drivekd import functional, reweighting
 from drivekd.functional.projection import METHODS
 from drivekd.functional.targets import AttentionMapTarget
+from drivekd.train.config import SignalConfig
+from drivekd.train.hidden import HiddenStateLoss
+from drivekd.train.metrics import StepMetrics
+from drivekd.train.signals import Signal, _sample_weight
 from tests.helpers import toy_models
 from tests.helpers.fake_cuda.mode import as_on_a_gpu
 
@@ -232,6 +236,27 @@ def on_gpu(model):
             if own is not None:
                 module._buffers[name] = torch.empty_like(own, device="cuda")
     return model
+
+
+@call
+def what_a_training_step_makes_and_notes() -> None:
+    net = Net(torch.float32)
+    projector, metrics = drivekd.GradientProjector(net.parameters()), StepMetrics(threshold=0.005)
+    for _ in range(2):
+        metrics.add_report(projector.backward(net.losses()))
+    config = SignalConfig(name="fold", teacher="t", kind="logits")
+    signal = Signal(config, "t", {"a": 0.5, "b": 1.0}, None)
+    assert _sample_weight(signal, ["a", "b", "c"], torch.device("cuda")).shape == (2,)
+    loss = HiddenStateLoss(
+        student_layers=[0, 1], teacher_layers=[0, 2], student_width=8, teacher_width=12
+    )
+    for map_ in loss.maps:
+        map_.weight = torch.nn.Parameter(torch.empty_like(map_.weight, device="cuda"))
+        if map_.bias is not None:
+            map_.bias = torch.nn.Parameter(torch.empty_like(map_.bias, device="cuda"))
+    states = [{n: torch.empty(B, N, D, device="cuda") for n in range(3)} for D in (8, 12)]
+    weight = torch.ones(B, device="cuda")
+    loss(*states, layout("padded").valid, weight).sum().backward()
 
 
 # The harness itself: each of these must be refused.
