@@ -8,7 +8,7 @@ import pytest
 import torch
 
 ON_GPU = torch.cuda.is_available()
-WITHOUT_GPU = ("test_offline.py", "test_gradient_offline.py", "test_triton_chunks.py")
+NEEDS_NO_GPU = ("offline", "gradient_offline", "offsets", "triton_chunks")
 
 
 def pytest_collection_modifyitems(items):
@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items):
             continue
         if item.get_closest_marker("interpreter") is not None:
             item.add_marker(pytest.mark.skip(reason="for the interpreter only"))
-        elif item.path.name not in WITHOUT_GPU:
+        elif item.path.stem.removeprefix("test_") not in NEEDS_NO_GPU:
             item.add_marker(pytest.mark.gpu)
 
 
