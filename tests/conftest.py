@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+EXCUSES = {"several_gpus", "optional_package"}
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses to be deterministic
 
@@ -72,19 +73,22 @@ def _gpu_is_required():
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """With DRIVEKD_REQUIRE_GPU=1 a test of the GPU that skips has failed, but for want of a second.
+    """With DRIVEKD_REQUIRE_GPU=1 a test of the GPU that skips has failed.
 
-    A skip is how a test would go unnoticed on the one machine that can run it.
+    A skip is how a test would go unnoticed on the one machine that can run it. It may want a second
+    GPU or an optional package; then a marker says so.
     """
     report = (yield).get_result()
     required = _gpu_is_required() and "gpu" in item.keywords
-    if report.skipped and required and "several_gpus" not in item.keywords:
+    if report.skipped and required and not EXCUSES & set(item.keywords):
         report.outcome = "failed"
         report.longrepr = f"skipped although DRIVEKD_REQUIRE_GPU=1: {report.longrepr}"
 
 
-def pytest_collectreport(report):
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector):
     """The same for a module that skips itself."""
+    report = (yield).get_result()
     if report.skipped and _gpu_is_required() and torch.cuda.is_available():
         report.outcome = "failed"
         report.longrepr = f"skipped although DRIVEKD_REQUIRE_GPU=1: {report.longrepr}"

@@ -12,7 +12,7 @@ CONFTEST = """
 import torch
 torch.cuda.is_available, torch.cuda.device_count = lambda: {gpus} > 0, lambda: {gpus}
 from tests.conftest import (
-    pytest_collection_modifyitems, pytest_collectreport, pytest_runtest_makereport,
+    pytest_collection_modifyitems, pytest_make_collect_report, pytest_runtest_makereport,
 )
 """
 TESTS = """
@@ -35,6 +35,11 @@ def test_is_not_tried():
 def test_two():
     pass
 
+@pytest.mark.gpu
+@pytest.mark.optional_package
+def test_of_a_package():
+    pytest.skip("not installed")
+
 def test_of_the_cpu():
     pytest.skip("not here")
 """
@@ -47,7 +52,7 @@ def outcome(tmp_path):
     def run(tests, gpus, required):
         (tmp_path / "conftest.py").write_text(CONFTEST.format(gpus=gpus))
         (tmp_path / "test_some.py").write_text(tests)
-        marks = ["gpu: a", "several_gpus: b"]
+        marks = ["gpu: a", "several_gpus: b", "optional_package: c"]
         settings = "[pytest]\nmarkers =\n" + "".join(f"  {mark}\n" for mark in marks)
         (tmp_path / "pytest.ini").write_text(settings)
         done = subprocess.run(
@@ -70,18 +75,18 @@ def outcome(tmp_path):
 
 def test_a_skip_of_a_gpu_test_is_a_failure_where_a_gpu_is_required(outcome):
     counts, said = outcome(TESTS, 1, "1")
-    assert counts == {"passed": 1, "failed": 1, "error": 1, "skipped": 2}, said
+    assert counts == {"passed": 1, "failed": 1, "error": 1, "skipped": 3}, said
     assert "skipped although DRIVEKD_REQUIRE_GPU=1" in said and "some package is missing" in said
 
 
 def test_a_second_gpu_is_not_required(outcome):
     counts, said = outcome(TESTS, 2, "1")
-    assert counts == {"passed": 2, "failed": 1, "error": 1, "skipped": 1}, said
+    assert counts == {"passed": 2, "failed": 1, "error": 1, "skipped": 2}, said
 
 
 def test_skips_stay_skips_where_nothing_is_required(outcome):
-    assert outcome(TESTS, 1, "0")[0] == {"passed": 1, "failed": 0, "error": 0, "skipped": 4}
-    assert outcome(TESTS, 0, "0")[0] == {"passed": 0, "failed": 0, "error": 0, "skipped": 5}
+    assert outcome(TESTS, 1, "0")[0] == {"passed": 1, "failed": 0, "error": 0, "skipped": 5}
+    assert outcome(TESTS, 0, "0")[0] == {"passed": 0, "failed": 0, "error": 0, "skipped": 6}
 
 
 def test_a_machine_without_gpu_is_refused(outcome):
