@@ -19,6 +19,7 @@ struct Hooks final : CUDAHooksInterface {
   bool hasCUDA() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   long versionCuDNN() const override { return 90000; }
+  long versionRuntimeCuDNN() const override { return 90000; }
   c10::DeviceIndex deviceCount() const override { return 1; }
   c10::DeviceIndex current_device() const override { return 0; }
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
