@@ -67,7 +67,8 @@ case $stage in
       export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
     fi
     # What only a GPU can show comes first.
-    first=(tests/kernels/test_triton_gpu.py tests/kernels/test_triton_gradient_gpu.py tests/kernels)
+    first=(tests/kernels/test_triton_gpu.py tests/kernels/test_triton_gradient_gpu.py
+      tests/kernels/test_projector_on_device.py tests/kernels)
     DRIVEKD_REQUIRE_GPU=$((1 - dry)) tests "${marked[@]}" --benchmark-disable --durations=15 \
       "${@:-${first[@]}}" | tee "$out/test.txt"
     ;;
