@@ -11,6 +11,9 @@ import torch
 EXCUSES = {"several_gpus", "optional_package"}
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses to be deterministic
+# On a GPU, too, float32 is float32: convolutions would else round it to TF32.
+for each in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+    each.fp32_precision = "ieee"
 
 
 @pytest.fixture(autouse=True)
