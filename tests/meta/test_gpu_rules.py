@@ -49,9 +49,10 @@ def test_of_the_cpu():
 def outcome(tmp_path):
     """Numbers of tests by outcome, and what pytest printed."""
 
-    def run(tests, gpus, required):
+    def run(tests, gpus, required, folder="unit"):
         (tmp_path / "conftest.py").write_text(CONFTEST.format(gpus=gpus))
-        (tmp_path / "test_some.py").write_text(tests)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "test_some.py").write_text(tests)
         marks = ["gpu: a", "several_gpus: b", "optional_package: c"]
         settings = "[pytest]\nmarkers =\n" + "".join(f"  {mark}\n" for mark in marks)
         (tmp_path / "pytest.ini").write_text(settings)
@@ -94,7 +95,7 @@ def test_a_machine_without_gpu_is_refused(outcome):
     assert sum(counts.values()) == 0 and "needs an NVIDIA GPU" in said
 
 
-def test_a_module_that_skips_itself_is_a_failure_too(outcome):
+def test_a_module_of_kernels_that_skips_itself_is_a_failure_too(outcome):
     module = "import pytest\npytest.importorskip('no_such_package')\n"
-    _, said = outcome(module, 1, "1")
+    _, said = outcome(module, 1, "1", "kernels")
     assert "skipped although DRIVEKD_REQUIRE_GPU=1" in said, said
