@@ -115,7 +115,10 @@ class StepMetrics:
                 weighted[index] / weighted[anchor],
                 report.cosines[index, anchor],
                 conflicts[index, anchor],
-                conflicts[index, others].mean() if others else conflicts.new_zeros(()),
+                # A list as an index would be copied to the device, which waits.
+                torch.stack([conflicts[index, other] for other in others]).mean()
+                if others
+                else conflicts.new_zeros(()),
                 report.weights[index],
             ]
             for other in others:

@@ -14,6 +14,7 @@ from drivekd.capture import CapturedAttention, capture_attention
 from drivekd.capture.model import decoder_depth, find_decoder
 from drivekd.data.collate import Route, Source
 from drivekd.errors import RecipeError, TokenMismatchError
+from drivekd.functional.projection import on_device
 from drivekd.losses import AttentionMapLoss
 from drivekd.pairing import resolve_layers
 from drivekd.tokens import TokenLayout
@@ -415,4 +416,4 @@ def _sample_weight(
     weights = [table[question_type] for question_type in question_types if question_type in table]
     if all(weight == 1.0 for weight in weights):
         return None
-    return torch.tensor(weights, dtype=torch.float32, device=device)
+    return on_device(torch.tensor(weights, dtype=torch.float32), device)

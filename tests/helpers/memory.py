@@ -6,6 +6,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# What a call of the fused loss may take beside its inputs and results, as a part of one bfloat16
+# map of all heads of both models (1B from 8B), of which the eager way holds several at once: a
+# chunk's workspaces (6 bytes a cell, 288 MiB at most), dq and dk in float32, and planes of dk.
+EXTRA_PART = {2048: 1 / 7, 8192: 1 / 20}
+
+
+def extra_bound(num_tokens: int) -> float:
+    """Bytes that a call with 14 and 28 heads may take, see `EXTRA_PART`."""
+    return EXTRA_PART[num_tokens] * 2 * (14 + 28) * num_tokens**2
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the storages made inside, as they come and go: `peak` and `largest`, in bytes.

@@ -89,10 +89,10 @@ class Call:
     def run(self, backend: str, device: str = "cpu") -> tuple[Tensor, list[Tensor]]:
         """Losses (L,) and the gradients in every q and k of the student, on the CPU."""
         leaves = [
-            tuple(x.to(device).detach().requires_grad_() for x in layer.given)
+            tuple(_moved(x, device).detach().requires_grad_() for x in layer.given)
             for layer in self.student
         ]
-        teacher = [tuple(x.to(device) for x in layer.given) for layer in self.teacher]
+        teacher = [tuple(_moved(x, device) for x in layer.given) for layer in self.teacher]
         weight = self.sample_weight
         window_of_teacher = {
             index: window
@@ -291,6 +291,12 @@ def _draw_layer(pick, generator, shape, heads, dim, dtype, spread) -> Layer:
     exact = tuple(x.double().contiguous() for x in given)
     scale = pick.choice((None, None, 0.5 * dim**-0.5, 1.3 * dim**-0.5))
     return Layer(exact, given, scale, pick.random() < 0.3, order)
+
+
+def _moved(x: Tensor, device: str) -> Tensor:
+    """The same on a device, its strides and the place in its memory too, which `to` gives up."""
+    whole = x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0)
+    return whole.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def _ordered(x: Tensor, order: str) -> Tensor:

@@ -157,6 +157,7 @@ def test_on_a_gpu_flex_attention_hands_over_its_log_sum_exp(family):
 
 
 @pytest.mark.gpu
+@pytest.mark.optional_package
 @pytest.mark.skipif(not is_flash_attn_2_available(), reason="needs the package flash-attn")
 @pytest.mark.parametrize("padding", [None, "left"])
 @pytest.mark.parametrize("family", ["qwen2", "internvl", "qwen3_vl"])

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import TrainingArguments
 
 from drivekd.data import Collator
 from drivekd.errors import TokenMismatchError, UnsupportedEngineError
-from drivekd.train import DistillConfig, DistillTrainer, SignalConfig
+from drivekd.train import DistillConfig, DistillTrainer, ProjectionConfig, SignalConfig
 from tests.helpers import toy_data
 from tests.helpers.toy_models import internvl
 
@@ -44,25 +45,26 @@ def folders(whole, tmp_path_factory):
 
 @pytest.fixture
 def make(tmp_path):
-    def make(teachers, *, signals=SIGNALS, use_cpu=True, **options):
+    def make(teachers, *, signals=SIGNALS, use_cpu=True, arguments=None, config=None, **options):
         student = internvl(layers=4, hidden=32, heads=4, kv_heads=2, seed=1)
-        args = TrainingArguments(
-            output_dir=str(tmp_path / "run"),
-            per_device_train_batch_size=3,
-            max_steps=2,
-            learning_rate=0.05,
-            optim="sgd",
-            report_to="none",
-            save_strategy="no",
-            use_cpu=use_cpu,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            train_sampling_strategy="sequential",
-        )
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 3,
+            "max_steps": 2,
+            "learning_rate": 0.05,
+            "optim": "sgd",
+            "report_to": "none",
+            "save_strategy": "no",
+            "use_cpu": use_cpu,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "train_sampling_strategy": "sequential",
+        }
+        args = TrainingArguments(**settings | (arguments or {}))
         return DistillTrainer(
             student,
             teachers,
-            DistillConfig(signals=signals),
+            DistillConfig(signals=signals, **(config or {})),
             args=args,
             data_collator=Collator(
                 toy_data.encoder(tmp_path), student.config, pad_token_id=toy_data.PAD
@@ -159,11 +161,9 @@ def test_gpus_that_are_not_the_students_are_left_to_teachers(make, folders, monk
     trainer.train()
 
 
-@pytest.mark.gpu
+@pytest.mark.several_gpus
 def test_each_teacher_on_a_gpu_of_its_own(make, folders):
     """Maps, hidden states and logits, teachers apart from the student and from each other."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     kinds = (
         signal("sort", "a", "first"),
         SignalConfig(name="fold", teacher="b", kind="hidden", student_layers=0, teacher_layers=1),
@@ -178,6 +178,51 @@ def test_each_teacher_on_a_gpu_of_its_own(make, folders):
     for name, own in weights[1].items():
         # Sums in other orders on a CPU than on a GPU, in float32.
         torch.testing.assert_close(weights[0][name], own, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weighting", ["static", "balance", "online"])
+def test_a_run_on_a_gpu_learns_what_one_on_the_cpu_learns(make, folders, weighting):
+    """Maps, hidden states and logits; every step is logged, as most runs log."""
+    kinds = (
+        *SIGNALS,
+        SignalConfig(name="state", teacher="b", kind="hidden", student_layers=0, teacher_layers=1),
+        SignalConfig(name="words", teacher="c", kind="logits"),
+    )
+    teachers, weights = {"a": folders["small"], "b": folders["large"], "c": folders["large"]}, []
+    for use_cpu in (True, False):
+        torch.manual_seed(0)
+        trainer = make(
+            teachers, signals=kinds, use_cpu=use_cpu, config={"weighting": weighting},
+            arguments={"logging_steps": 1},
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.args.device.type == ("cpu" if use_cpu else "cuda")
+        weights.append({k: v.cpu() for k, v in trainer.model.state_dict().items()})
+    for name, own in weights[1].items():
+        # Sums in other orders on a CPU than on a GPU, in float32.
+        torch.testing.assert_close(weights[0][name], own, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_run_on_a_gpu_in_16_bits(make, folders, precision):
+    """Pinned batches, a loss scale with fp16 (it may skip the first steps), projection per step."""
+    teachers = {"a": folders["small"], "b": folders["large"], "c": folders["large"]}
+    trainer = make(
+        teachers, use_cpu=False, config={"projection": ProjectionConfig(every="step")},
+        arguments={
+            precision: True, "dataloader_pin_memory": True, "gradient_accumulation_steps": 2,
+            "logging_steps": 1, "max_steps": 6,
+        },
+    )  # fmt: skip
+    before = {k: v.cpu().clone() for k, v in trainer.model.state_dict().items()}
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "sort/loss" in row]
+    assert rows and all(math.isfinite(row["ce"]) for row in rows)
+    after = trainer.model.state_dict()
+    moved = [k for k, v in after.items() if not torch.equal(v.cpu(), before[k])]
+    assert len(moved) > len(before) / 2 and all(bool(v.isfinite().all()) for v in after.values())
 
 
 @pytest.mark.gpu

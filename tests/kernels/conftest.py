@@ -8,13 +8,26 @@ import pytest
 import torch
 
 ON_GPU = torch.cuda.is_available()
+NEEDS_NO_GPU = ("offline", "gradient_offline", "offsets", "triton_chunks")
 
 
 def pytest_collection_modifyitems(items):
-    """On a GPU everything here is a test of the GPU."""
+    """On a GPU everything here is a test of the GPU, but for what needs none or cannot have one."""
     for item in items:
-        if ON_GPU and "kernels" in item.path.parts:
+        if not ON_GPU or "kernels" not in item.path.parts:
+            continue
+        if item.get_closest_marker("interpreter") is not None:
+            item.add_marker(pytest.mark.skip(reason="for the interpreter only"))
+        elif item.path.stem.removeprefix("test_") not in NEEDS_NO_GPU:
             item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def memory_of_a_gpu_that_others_use():
+    """Several processes share a GPU under xdist: what a test has left goes back to it."""
+    yield
+    if ON_GPU:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -137,7 +137,7 @@ def test_packed_query_heads(pack, group, monkeypatch):
     assert_triton_matches(case)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="test_triton_gpu.py has bfloat16 itself")
+@pytest.mark.interpreter  # test_triton_gpu.py has bfloat16 itself
 @pytest.mark.parametrize(("head_dim", "padding"), [(64, "left"), (80, None), (128, "right")])
 def test_tiles_and_w_of_bfloat16_models(head_dim, padding, monkeypatch):
     """The interpreter multiplies no bfloat16; float32 models take all else of such models here.
@@ -272,9 +272,8 @@ def test_repeated_calls_are_bitwise_equal():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.interpreter
 def test_the_interpreter_refuses_bfloat16():
-    if DEVICE == "cuda":
-        pytest.skip("a GPU multiplies it")
     q = torch.randn(1, 1, 4, 16, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError, match="bfloat16"):
         attention_map(q, q, backend="triton")

@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from drivekd.functional import layerwise_attention_map_loss
+from drivekd.functional import attention_map_loss, layerwise_attention_map_loss
+from drivekd.ops import attention_map as loss_op
+from drivekd.ops import dispatch
 from drivekd.tokens import TokenLayout
 from tests.helpers.host_reads import NoHostRead
-from tests.helpers.memory import LiveBytes
+from tests.helpers.memory import EXTRA_PART, LiveBytes, extra_bound
 
 pytest.importorskip("triton")
 pytest.importorskip("drivekd_kernels.launch")
@@ -22,6 +24,7 @@ from drivekd.ops.attention_inputs import (
 )
 from drivekd.ops.triton_backend import attention_map as backend
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOSSES = ["mse", "cosine", "kl"]
 
 
@@ -53,11 +56,16 @@ def make_inputs(
     padded=False,
     packed=False,
     given=False,
+    apart=0,
 ):
+    """One layer of 14 heads or more; rows of queries and keys lie `apart` elements apart."""
     B, N = num_samples, num_tokens
 
     def layer(heads, kv_heads, dim):
-        q, k = (torch.empty(B, N, h, dim, dtype=dtype).transpose(1, 2) for h in (heads, kv_heads))
+        q, k = (
+            torch.empty(B, N, h, dim + apart, dtype=dtype)[..., :dim].transpose(1, 2)
+            for h in (heads, kv_heads)
+        )
         return AttentionLayer(q, k, dim**-0.5, None)
 
     is_vision = torch.zeros(B, N, dtype=torch.bool)
@@ -132,6 +140,25 @@ def test_no_tensor_holds_a_map_and_the_extra_memory_is_small(idle, loss, given):
     assert extra < 28 * 4096 * 4096 * 4 / (18 if loss == "mse" else 13), extra
 
 
+@pytest.mark.parametrize("num_tokens", sorted(EXTRA_PART))
+def test_extra_memory_of_forward_and_backward(idle, num_tokens, monkeypatch):
+    """What test_triton_gpu.py measures; there the bound is a promise, here it is arithmetic."""
+    entry = dispatch._Entry(backend.attention_map_loss, None, None)  # CPU tensors, not interpreted
+    monkeypatch.setitem(dispatch._REGISTRY, ("attention_map_loss", "triton"), entry)
+    inputs = make_inputs(num_tokens=num_tokens, dtype=torch.bfloat16)
+    monkeypatch.setattr(backend, "_INTERPRETED", False)  # or bfloat16 is refused
+    ((q, k),) = [(x.query.requires_grad_(), x.key.requires_grad_()) for x in inputs.student]
+    ((q_t, k_t),) = [(x.query, x.key) for x in inputs.teacher]
+    bodies = {torch.ops.drivekd.attention_map_loss.default: loss_op.attention_map_loss._init_fn}
+    with LiveBytes(bodies) as memory:
+        loss = attention_map_loss(q, k, q_t, k_t, backend="triton")
+        idle.clear()  # it keeps workspaces alive
+        grads = torch.autograd.grad(loss, (q, k))
+    results = sum(x.untyped_storage().nbytes() for x in (loss, *grads))
+    extra = memory.peak - results
+    assert 0.5 * extra_bound(num_tokens) < extra <= 0.98 * extra_bound(num_tokens), extra
+
+
 def test_teacher_maps_of_overlapping_groups_are_made_once_and_their_room_is_reused(idle):
     inputs = make_inputs(num_layers=4, num_teachers=6)
     backend.attention_map_loss(inputs)
@@ -202,7 +229,7 @@ def public(needed="qk", *, loss="mse", num_layers=2, **settings):
     B, N = 2, 40
 
     def heads(count, dim, grad):
-        made = torch.randn(B, N, count, dim, dtype=torch.float16).transpose(1, 2)
+        made = torch.randn(B, N, count, dim, dtype=torch.float16, device=DEVICE).transpose(1, 2)
         return made.requires_grad_(grad)
 
     student = [
@@ -213,8 +240,8 @@ def public(needed="qk", *, loss="mse", num_layers=2, **settings):
     is_vision = torch.zeros(B, N, dtype=torch.bool)
     is_vision[:, :9] = True
     return layerwise_attention_map_loss(
-        student, teacher, [[0]] * num_layers, TokenLayout.from_masks(is_vision), loss=loss,
-        backend="triton", **settings,
+        student, teacher, [[0]] * num_layers, TokenLayout.from_masks(is_vision).to(DEVICE),
+        loss=loss, backend="triton", **settings,
     )  # fmt: skip
 
 
@@ -261,7 +288,7 @@ def test_reduction_weights_and_denominators_launch_nothing_extra(idle, loss, reg
     plain = launched(idle, lambda: public(loss=loss, region=region))
     for settings in (
         {"reduction": "none"},
-        {"sample_weight": torch.tensor([0.5, 2.0])},
+        {"sample_weight": torch.tensor([0.5, 2.0], device=DEVICE)},
         {"denominator": "live"},
     ):
         assert launched(idle, lambda s=settings: public(loss=loss, region=region, **s)) == plain
@@ -270,8 +297,8 @@ def test_reduction_weights_and_denominators_launch_nothing_extra(idle, loss, reg
 @needs_launches
 def test_a_given_log_sum_exp_is_not_computed_again(idle):
     B, H_s, H_t, N = 2, 4, 2, 40
-    student = [torch.zeros(B, H_s, N), None]
-    teacher = [torch.zeros(B, H_t, N)]
+    student = [torch.zeros(B, H_s, N, device=DEVICE), None]
+    teacher = [torch.zeros(B, H_t, N, device=DEVICE)]
     assert launched(idle, public).count("lse_kernel") == 3
     assert launched(idle, lambda: public(lse_student=student)).count("lse_kernel") == 2
     both = launched(idle, lambda: public(lse_student=student, lse_teacher=teacher))
@@ -279,41 +306,49 @@ def test_a_given_log_sum_exp_is_not_computed_again(idle):
 
 
 def test_a_new_length_or_batch_compiles_nothing_new(run_python):
-    """The compiler's key of every launch is the same for other N and B, odd ones too."""
+    """Triton's own launcher compiles as often for one N and B as for others, odd ones too.
+
+    It is told that there is an H200, and its compiler gives back kernels that do nothing.
+    """
     code = """
-import sys
+import itertools
 import torch
-from triton.backends.nvidia.compiler import CUDABackend
-from triton._C.libtriton import native_specialize_impl
+import triton
+from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 from tests.kernels.test_triton_contracts import backend, make_inputs
 
-keys = set()
-def run(self, *args, grid, warmup=False, **kwargs):
-    values = dict(zip(self.arg_names, args)) | kwargs
-    key = [self.__name__]
-    for p in self.params:
-        value = values[p.name]
-        if p.is_constexpr:
-            key.append(value)
-        else:
-            key.append(native_specialize_impl(
-                CUDABackend, value, p.is_const, not p.do_not_specialize,
-                not p.do_not_specialize_on_alignment))
-    keys.add(tuple(map(str, key)))
-JITFunction.run = run
+class Driver:
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
 
-for loss, given in ((x, y) for x in ("mse", "cosine", "kl") for y in (False, True)):
-    for vision in (0, 17):
-        counts = []
-        for B, N in ((1, 64), (2, 333), (3, 1024), (1, 1), (16, 47), (1, 4111)):
-            if N < 4 and vision:
-                continue
-            backend.attention_map_loss(make_inputs(
-                num_samples=B, num_tokens=N, loss=loss, num_vision=vision, padded=bool(vision),
-                given=given))
-            counts.append(len(keys))
-        assert len(set(counts)) == 1, (loss, vision, counts)
-print(len(keys))
+class Nothing:
+    function = packed_metadata = None
+    launch_metadata = run = staticmethod(lambda *arguments: None)
+
+compiled = []
+def compile(self, key, *others):
+    compiled.append((self.__name__, key))
+    self.device_caches[0][0][key] = Nothing()
+    return Nothing()
+
+triton.runtime.driver.set_active(Driver())
+JITFunction._do_compile = compile
+shapes = [(1, 64), (2, 333), (3, 1024), (1, 1), (16, 47), (1, 4111)]
+shapes += [(1, N) for N in range(1000, 1101, 5)]
+for loss, vision, apart, given in itertools.product(
+    ("mse", "cosine", "kl"), (0, 17), (0, 3), (False, True)
+):
+    counts = []
+    for B, N in shapes:
+        if N < 4 and vision:
+            continue
+        backend.attention_map_loss(make_inputs(
+            num_samples=B, num_tokens=N, loss=loss, num_vision=vision, padded=bool(vision),
+            apart=apart, given=given))
+        counts.append(len(compiled))
+    assert len(set(counts)) == 1, (loss, vision, apart, given, counts)
+print(len(compiled))
 """
-    assert int(run_python(code, TRITON_INTERPRET="0")) > 5
+    assert 20 < int(run_python(code, TRITON_INTERPRET="0")) < 100

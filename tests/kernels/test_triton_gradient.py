@@ -281,7 +281,7 @@ def test_captured_tables_come_from_spare_memory_and_are_kept(monkeypatch):
     assert len(new) == gradient_table._NUM_SPARES and not new & addresses
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU a real tensor of that size is used")
+@pytest.mark.interpreter  # on a GPU a real tensor of that size is used
 def test_offsets_beyond_32_bits():
     """Item 70,000 of a tensor begins at element 2.3e9: its address lies so much before the data."""
     data = torch.randn(100, dtype=torch.float64)

@@ -165,7 +165,7 @@ def test_calls_in_flight_do_not_share_a_table(backend):
 
 
 @both
-def test_another_stream_and_another_device(backend):
+def test_another_stream(backend):
     lists = on_gpu(task_gradients(shapes=SHAPES[:4], dtype=torch.float32))
     want = step(lists, backend)
     stream = torch.cuda.Stream()
@@ -174,10 +174,15 @@ def test_another_stream_and_another_device(backend):
         got = step(lists, backend)
     stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    if torch.cuda.device_count() > 1:
-        moved = [[x.to("cuda:1") for x in own] for own in lists]
-        got = step(moved, backend)
-        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.several_gpus
+@both
+def test_another_device_than_the_current_one(backend):
+    lists = on_gpu(task_gradients(shapes=SHAPES[:4], dtype=torch.float32))
+    want = step(lists, backend)
+    got = step([[x.to("cuda:1") for x in own] for own in lists], backend)
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want, strict=True))
 
 
 @both

@@ -38,11 +38,10 @@ def test_random_calls_match_the_twin(seed):
     assert_matches(seed)
 
 
+@pytest.mark.interpreter  # a GPU compiles every tile anew
 @pytest.mark.parametrize("seed", range(600, 624))
 def test_random_calls_in_random_tiles_match_the_twin(seed, monkeypatch):
     """Tiles of keys larger and smaller than tiles of rows, chunks that end within a tile."""
-    if DEVICE == "cuda":
-        pytest.skip("a GPU compiles every tile anew; the interpreter does not")
     pick = random.Random(seed)
     original, known = launch.tiles, {}
     widths = sorted(pick.choices((16, 32, 64), k=2))  # of gradients, which lie within those of maps

@@ -19,6 +19,7 @@ NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 SOURCES = ("gram", "combine")
 ARCHITECTURES = [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))]
+BINDING = ROOT / "csrc" / "bindings.cpp"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
@@ -92,12 +93,24 @@ def test_the_binding_fits_torchs_headers():
         command = [compiler, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
         command += [STABLE_ABI, "-DPy_LIMITED_API=0x030b0000", macro, f"-I{ROOT / 'csrc'}"]
         done = subprocess.run(
-            [*command, *(f"-isystem{path}" for path in paths), ROOT / "csrc" / "bindings.cpp"],
+            [*command, *(f"-isystem{path}" for path in paths), BINDING],
             capture_output=True,
             text=True,
             timeout=240,
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_the_binding_uses_no_macro_that_torch_2_11_lacks():
+    """It did, in code that only a build for CUDA compiles: with torch 2.11 it had no CUDA kernels.
+
+    Functions of later versions are hidden by TORCH_TARGET_VERSION, macros are not.
+    """
+    macros = set(re.findall(r"\b(?:STD_|STABLE_)?TORCH_[A-Z_]+(?=\()", BINDING.read_text()))
+    assert macros == {
+        "STABLE_TORCH_LIBRARY", "STABLE_TORCH_LIBRARY_IMPL", "STD_TORCH_CHECK", "TORCH_BOX",
+        "TORCH_ERROR_CODE_CHECK",
+    }  # fmt: skip
 
 
 def cuda_torch(tmp_path, cuda_home):

@@ -122,6 +122,7 @@ def _interprets():
 
 
 @pytest.mark.gpu
+@pytest.mark.optional_package
 @needs_liger
 def test_kernels_agree_on_a_gpu():
     check_parity(make_case(device="cuda"))

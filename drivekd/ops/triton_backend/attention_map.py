@@ -39,8 +39,10 @@ def attention_map(layer: AttentionLayer, layout: AttentionLayout, window: int | 
     tokens = kernel_tokens(layout, window, compact=False)
     out = torch.empty((layout.batch_size, N, N), dtype=torch.float32, device=layout.device)
     heads = _heads(layer, tokens)
-    for first in range(0, N, _MAP_ROWS):
-        rows = out[:, first : first + _MAP_ROWS]
+    _, keys = launch.map_shape(1, N)
+    at_once = min(_MAP_ROWS, _REACH // (launch.MAP_ROWS * keys) * launch.MAP_ROWS)
+    for first in range(0, N, at_once):
+        rows = out[:, first : first + at_once]
         count = rows.shape[1]
         tile = out.new_zeros((layout.batch_size, *launch.map_shape(count, N)))
         launch.map_tile(heads, tokens, launch.Chunk(first, count, N), tile, log=False)
