@@ -46,7 +46,9 @@ class MemoryTrace:
     def __init__(self) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would trace its own calls on stderr
         self._profile = torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            activities=[torch.profiler.ProfilerActivity.CPU],
+            profile_memory=True,
+            acc_events=True,  # or torch 2.11 warns that it does not
         )
 
     def __enter__(self) -> MemoryTrace:

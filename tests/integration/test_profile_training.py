@@ -248,6 +248,39 @@ def test_time_belongs_to_the_innermost_phase_and_adds_up(monkeypatch):
     assert sum(step.values()) == next(moments) - 1  # from the first look to the last
 
 
+def test_on_gpus_a_phase_has_its_own_time_and_peak(monkeypatch):
+    """Two GPUs that are stood in for: each boundary waits for both, peaks are theirs together."""
+    place, other = torch.device("cuda:0"), torch.device("cuda:1")
+    live, peak, waits = {place: 100, other: 10}, {}, []
+
+    def take(device, count):
+        live[device] += count
+        peak[device] = max(peak[device], live[device])
+
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", live.get)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak.get)
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda device: peak.update({device: live[device]})
+    )
+    clock = PhaseClock([place, torch.device("cpu"), other, place])
+    with listening(clock):
+        for scale in (1, 2):
+            clock.start()
+            with phase("a"):
+                take(place, 50 * scale)
+                take(place, -50 * scale)
+                take(other, 7)
+            with phase("b"):
+                take(place, 5)
+            take(place, -5)
+            take(other, -7)
+            clock.stop()
+    assert clock.peaks == {"a": 107, "b": 12, OTHER: 12}
+    assert len(clock.seconds) == 2
+    assert waits == [place, other] * 12  # a step begins, four boundaries, ends
+
+
 def test_phases_close_behind_an_error():
     clock = PhaseClock([])
     with listening(clock):
