@@ -72,7 +72,7 @@ class Deployment:
             config, before any sliding window is full; None for caches of other kinds.
         kv_bytes: The same of the whole batch at its last token.
         dtype: dtype of the weights.
-        attention: Attention implementation of the decoder.
+        attention: Attention implementation of the decoder; None where it was not loaded.
         device: The GPU's name, or "cpu" and its threads.
         batch_size: Sequences.
         prompt_tokens: Tokens of each sequence's prompt, image tokens among them.
@@ -90,7 +90,7 @@ class Deployment:
     kv_bytes_per_token: int | None
     kv_bytes: int | None
     dtype: str
-    attention: str
+    attention: str | None
     device: str
     batch_size: int
     prompt_tokens: int
@@ -218,7 +218,7 @@ def describe(
         kv_bytes_per_token=kv_cache_bytes(config, dtype, tokens=1),
         kv_bytes=kv_cache_bytes(config, dtype, tokens=cached, batch_size=batch_size),
         dtype=str(dtype).removeprefix("torch."),
-        attention=str(config.get_text_config(decoder=True)._attn_implementation),
+        attention=config.get_text_config(decoder=True)._attn_implementation,
         device=device_name(place),
         batch_size=batch_size,
         prompt_tokens=prompt.tokens,

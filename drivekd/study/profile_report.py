@@ -27,11 +27,12 @@ def ratios(result: Deployment, first: Deployment) -> dict[str, float | None]:
     Returns:
         `memory` and `first_token`: the other's over the first's; `speed`: the first's tokens a
         second over the other's. All are above 1 where the first is better, None where something
-        was not measured.
+        was not measured. `memory_at_least`: as `memory`, of the other's weights alone.
     """
     memory, own = (each.run.peak_bytes if each.run else None for each in (result, first))
     return {
         "memory": _over(memory, own),
+        "memory_at_least": _over(result.weight_bytes, own),
         "speed": _over(first.tokens_per_second, result.tokens_per_second),
         "first_token": _over(result.first_token_seconds, first.first_token_seconds),
     }
@@ -48,6 +49,9 @@ def deployment_table(results: Sequence[Deployment]) -> Table:
         group = [result for result in results if result.batch_size == size]
         for result in group:
             compared = ratios(result, group[0]) if result is not group[0] else {}
+            memory = _times(compared.get("memory"))
+            if memory == NOT_MEASURED and compared.get("memory_at_least") is not None:
+                memory = f"> {_times(compared['memory_at_least'])}"
             rows.append(
                 Row(
                     result.model,
@@ -55,7 +59,8 @@ def deployment_table(results: Sequence[Deployment]) -> Table:
                         f"{size}",
                         f"{quantity(result.weight_bytes)}B",
                         *_cells(result),
-                        *(_times(compared.get(k)) for k in ("memory", "speed", "first_token")),
+                        memory,
+                        *(_times(compared.get(name)) for name in ("speed", "first_token")),
                     ),
                     f"batch {size}",
                 )
@@ -87,10 +92,12 @@ def _notes(results: Sequence[Deployment]) -> list[str]:
         own = next(result for result in results if result.model == model)
         kv = own.kv_bytes_per_token
         cache = "" if kv is None else f"; keys and values take {quantity(kv)}B a token"
+        attention = "" if own.attention is None else f", {own.attention} attention"
+        images = "an image" if own.images == 1 else f"{own.images} images"
         notes.append(
             f"{model}: {quantity(own.parameters).strip()} parameters in {own.dtype} ({own.weights} "
-            f"weights), {own.attention} attention, {own.device}; prompt of "
-            f"{own.prompt_tokens:,} tokens, {own.image_tokens:,} of them for {own.images} images; "
+            f"weights){attention}, {own.device}; prompt of {own.prompt_tokens:,} tokens, "
+            f"{own.image_tokens:,} of them for {images}; "
             f"{own.new_tokens} new tokens{cache}."
         )
     for result in results:
@@ -116,7 +123,8 @@ def _notes(results: Sequence[Deployment]) -> list[str]:
     if len({result.model for result in results}) > 1:
         notes.append(
             f"x: how many times less memory {results[0].model} takes, how many times faster it is "
-            "and how many times sooner its first token comes, at the same batch size."
+            "and how many times sooner its first token comes, at the same batch size; > by the "
+            "other's weights alone."
         )
     return notes
 

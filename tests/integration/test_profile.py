@@ -250,7 +250,12 @@ def test_a_model_that_does_not_fit_is_a_named_row_and_exit_code_1(place, capsys,
     assert small["problem"] is None and small["run"] is not None
     assert huge["problem"].startswith("does not fit: weights of ")
     assert huge["run"] is None and huge["kv_bytes"] > 0 and huge["weight_bytes"] > size
-    assert set(huge["first_model_is_better_by"].values()) == {None}
+    better = huge["first_model_is_better_by"]
+    assert better.pop("memory_at_least") == huge["weight_bytes"] / small["run"]["peak_bytes"]
+    assert set(better.values()) == {None}
+    assert main(["profile", str(place / "small"), "--random-weights", str(place / "huge"), *QUICK])
+    row = next(x for x in capsys.readouterr().out.splitlines() if "  does not fit  " in x)
+    assert row.split("  ")[-1].strip() == "-" and "> " in row
 
 
 def test_memory_that_runs_out_while_loading_is_a_row_too(place, capsys, monkeypatch):
