@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from drivekd.cli_cache import add_cache_command
 from drivekd.cli_data import FOUND_PROBLEMS, OK, add_data_commands
+from drivekd.cli_profile import add_profile_command
 from drivekd.cli_report import add_report_command
 from drivekd.errors import (
     BackendUnavailableError,
@@ -71,6 +72,7 @@ examples:
   drivekd distill recipes/multi.yaml training.learning_rate=1e-5 training.output_dir=runs/a
   drivekd cache recipes/multi.yaml cache.path=runs/targets --dry-run
   drivekd verify recipes/multi.yaml                   fused losses against eager ones
+  drivekd profile runs/a/student path/to/large        memory, tokens/s, time to the first token
   drivekd data check train.json --root images/
   drivekd doctor OpenGVLab/InternVL3-8B-hf            what its parts as a teacher would cost
   drivekd data convert llava.json --output train.jsonl --question-type perception
@@ -82,7 +84,7 @@ where things go:
   cache       cache.path of the recipe
   verify      there too: verify.json
   report      report.html beside the run's log.jsonl
-  the others  to the terminal; --json (data, doctor, evaluate) for programs
+  the others  to the terminal; --json (data, doctor, evaluate, profile) for programs
 
 exit codes:
   0 all is well   1 the command ran and found problems   2 it could not do what was asked
@@ -147,6 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_distill(commands)
     add_cache_command(commands, _add_command)
     _add_verify(commands)
+    add_profile_command(commands, _add_command)
     add_report_command(commands, _add_command)
     add_data_commands(commands, _add_command)
     _add_evaluate(commands)

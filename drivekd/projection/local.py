@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from drivekd.functional.gradient import GradientGram, combine_gradients, gradient_gram
+from drivekd.phases import phase
 from drivekd.projection.agreement import Statement
 from drivekd.projection.checks import check_engine
 
@@ -63,13 +64,14 @@ class LocalGradients:
         for i in live:
             check_engine(f"parameters[{i}]", self.parameters[i])
         for number, (name, loss) in enumerate(losses, start=1):
-            found = torch.autograd.grad(
-                loss,
-                [self.parameters[i] for i in live],
-                grad_outputs=seed(loss),
-                retain_graph=number < len(losses),
-                allow_unused=True,
-            )
+            with phase(f"backward of {name}"):
+                found = torch.autograd.grad(
+                    loss,
+                    [self.parameters[i] for i in live],
+                    grad_outputs=seed(loss),
+                    retain_graph=number < len(losses),
+                    allow_unused=True,
+                )
             grads: list[Tensor | None] = [None] * len(self.parameters)
             for i, grad in zip(live, found, strict=True):
                 grads[i] = grad

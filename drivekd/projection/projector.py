@@ -18,6 +18,7 @@ from drivekd.functional.projection import (
     check_choice,
     projection_weights,
 )
+from drivekd.phases import phase
 from drivekd.projection.agreement import Statement
 from drivekd.projection.checks import (
     Scaler,
@@ -204,7 +205,8 @@ class GradientProjector:
 
         anchor_last = sorted(losses.items(), key=lambda item: item[0] == self._anchor)
         for name, grads in engine.differentiate(anchor_last, seed):
-            pending.add(name, grads)
+            with phase("projection"):
+                pending.add(name, grads)
         return None if is_step else self._project(pending, scale)
 
     def step(self) -> ProjectionReport:
@@ -284,6 +286,7 @@ class GradientProjector:
             reached=dict.fromkeys(losses, 0),
         )
 
+    @phase("projection")
     def _project(self, pending: Pending, scale: float) -> ProjectionReport:
         """Project what is pending and add it to `.grad`."""
         weights, scaler = pending.weights, pending.scaler

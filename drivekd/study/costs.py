@@ -40,6 +40,6 @@ def cost_table(costs: Sequence[LoadingCost]) -> Table:
 def quantity(count: int) -> str:
     """A count with three digits and a unit of 1000s, such as "8.11 G"; exact below 1000."""
     for size, unit in _UNITS:
-        if count >= size:
+        if count >= 0.9995 * size:  # what three digits round up to it
             return f"{count / size:.3g} {unit}"
     return f"{count} "

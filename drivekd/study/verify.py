@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +17,7 @@ from drivekd.capture.model import find_decoder, path_to
 from drivekd.errors import CaptureError
 from drivekd.losses import AttentionMapLoss
 from drivekd.study.eager import eager_loss, placed
+from drivekd.study.measure import evaluating, now, peak_bytes
 from drivekd.tokens import TokenLayout, reads_text_alone
 from drivekd.train.config import Region, SignalConfig
 from drivekd.train.models import check_same_vision
@@ -185,7 +184,7 @@ def _check(
         loss: Tensor = settings(own, captured, tokens)
         return loss
 
-    with _evaluating(student, teacher):
+    with evaluating(student, teacher):
         with _autocast(place, autocast):
             loss, gradients = _gradients(student, fused)
             seconds, peak = _cost(student, fused, place, repeats)
@@ -288,19 +287,6 @@ def _why_nothing(settings: AttentionMapLoss, tokens: TokenLayout, loss: float) -
 
 
 @contextlib.contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Without dropout, whose draws would differ."""
-    modes = [(model, model.training) for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, training in modes:
-            model.train(training)
-
-
-@contextlib.contextmanager
 def _autocast(place: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
     with torch.autocast(place.type, dtype or torch.bfloat16, enabled=dtype is not None):
         yield
@@ -350,36 +336,7 @@ def _cost(
     """Median seconds of a step and the most bytes that it takes on the device."""
     seconds = []
     for _ in range(repeats):
-        begin = _now(place)
+        begin = now(place)
         _gradients(student, compute)
-        seconds.append(_now(place) - begin)
-    return statistics.median(seconds), _peak(lambda: _gradients(student, compute), place)
-
-
-def _now(place: torch.device) -> float:
-    if place.type == "cuda":
-        torch.cuda.synchronize(place)
-    return time.perf_counter()
-
-
-def _peak(work: Callable[[], Any], place: torch.device) -> int:
-    """Most bytes that the allocator gives out at once while `work` runs."""
-    if place.type == "cuda":
-        before = torch.cuda.memory_allocated(place)
-        torch.cuda.reset_peak_memory_stats(place)
-        work()
-        return int(torch.cuda.max_memory_allocated(place) - before)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would trace its own calls on stderr
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU],
-        profile_memory=True,
-        acc_events=True,  # else torch 2.11 warns that there is only one cycle
-    ) as profile:
-        work()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    live = peak = 0
-    for event in events:
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+        seconds.append(now(place) - begin)
+    return statistics.median(seconds), peak_bytes(lambda: _gradients(student, compute), place)

@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,49 @@ def distill(recipe: Recipe) -> Path:
         ValueError: A question type does not fit.
         OSError: A checkpoint or file does not exist.
     """
+    ready = make_ready(recipe)
+    args = ready.args
+    with run_folder.alone_in(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
+        checkpoint = run_folder.prepare(recipe, args, ready.splits)
+        trainer = make_trainer(recipe, ready, callbacks=[JsonlLogger()])
+        use_run_board(trainer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        folder = _save_student(trainer, recipe)
+        trainer.accelerator.end_training()  # closes the process group under torchrun
+        return folder
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a recipe's trainer is made of, checked; no weights are loaded yet.
+
+    Attributes:
+        args: Training arguments.
+        teachers: Paths by name, of the teachers that signals use.
+        splits: Training and evaluation records by file.
+        encoder: Makes model inputs of records.
+        processing: The student's tokenizer or processor.
+    """
+
+    args: transformers.TrainingArguments
+    teachers: Mapping[str, str]
+    splits: Mapping[str, list[Record]]
+    encoder: Encoder
+    processing: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        """The student's tokenizer."""
+        return getattr(self.processing, "tokenizer", self.processing)
+
+
+def make_ready(recipe: Recipe, *, decode: bool | None = None) -> Ready:
+    """Check a recipe's places, records and tokenizers; see `distill` for what it raises.
+
+    Args:
+        recipe: What `load_recipe` gave.
+        decode: Whether every image is decoded; None is as `recipe.data.check` says.
+    """
     args = _training_arguments(recipe)
     used = {signal.teacher for signal in recipe.distill.active}
     teachers = {name: path for name, path in recipe.teachers.items() if name in used}
@@ -79,30 +123,38 @@ def distill(recipe: Recipe) -> Path:
         check_place(role, path)
     root = data_root(recipe)
     splits = _load_splits(recipe)
-    decode = recipe.data.check == "full" and not run_folder.has_checked(recipe, splits)
+    if decode is None:
+        decode = recipe.data.check == "full" and not run_folder.has_checked(recipe, splits)
     _check_splits(recipe, splits, root, decode=decode)
     with _as_recipe_errors("encoder"):
         encoder, processing = build_encoder(recipe.encoder, recipe.student, root)
     _check_tokens(splits, encoder)
-    tokenizer = getattr(processing, "tokenizer", processing)
+    ready = Ready(args, teachers, splits, encoder, processing)
     for name, path in live.items():
-        check_tokenizer(name, path, tokenizer)
-    with run_folder.alone_in(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
-        checkpoint = run_folder.prepare(recipe, args, splits)
-        return _train(recipe, args, teachers, splits, encoder, processing, checkpoint)
+        check_tokenizer(name, path, ready.tokenizer)
+    return ready
 
 
-def _train(
+def make_trainer(
     recipe: Recipe,
-    args: transformers.TrainingArguments,
-    teachers: Mapping[str, str],
-    splits: Mapping[str, list[Record]],
-    encoder: Encoder,
-    processing: Any,
-    checkpoint: str | None,
-) -> Path:
-    """Train and save; see `distill`."""
-    tokenizer = getattr(processing, "tokenizer", processing)
+    ready: Ready,
+    *,
+    callbacks: Sequence[transformers.TrainerCallback],
+    trainer_class: type[DistillTrainer] = DistillTrainer,
+) -> DistillTrainer:
+    """Load student and teachers of a recipe, and make the trainer of them.
+
+    Args:
+        recipe: The recipe.
+        ready: What `make_ready` gave.
+        callbacks: Of the trainer.
+        trainer_class: Its class.
+
+    Raises:
+        RecipeError: A setting, checkpoint or layer does not fit.
+        OSError: A checkpoint does not exist.
+    """
+    args, splits = ready.args, ready.splits
     records = splits[recipe.data.train]
     # Before the student is made, so that nothing random depends on what was loaded before it.
     transformers.set_seed(args.seed)
@@ -111,9 +163,9 @@ def _train(
     if recipe.lora is not None:
         student = add_adapters(student, recipe.lora)
     with _as_recipe_errors("recipe"):
-        trainer = DistillTrainer(
+        return trainer_class(
             student,
-            teachers,
+            ready.teachers,
             recipe.distill,
             question_types={record.question_type for record in records},
             teacher_dtype=recipe.teacher_dtype,
@@ -121,21 +173,16 @@ def _train(
             cache=recipe.cache,
             args=args,
             data_collator=Collator(
-                encoder,
+                ready.encoder,
                 student.config,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=ready.tokenizer.pad_token_id,
                 padding_side=recipe.encoder.padding_side,
             ),
             train_dataset=records,
             eval_dataset=None if recipe.data.eval is None else splits[recipe.data.eval],
-            processing_class=processing,
-            callbacks=[JsonlLogger()],
+            processing_class=ready.processing,
+            callbacks=list(callbacks),
         )
-    use_run_board(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    folder = _save_student(trainer, recipe)
-    trainer.accelerator.end_training()  # closes the process group under torchrun
-    return folder
 
 
 def _save_student(trainer: DistillTrainer, recipe: Recipe) -> Path:

@@ -17,6 +17,7 @@ from drivekd.errors import RecipeError, TokenMismatchError
 from drivekd.functional.projection import on_device
 from drivekd.losses import AttentionMapLoss
 from drivekd.pairing import resolve_layers
+from drivekd.phases import phase
 from drivekd.tokens import TokenLayout
 from drivekd.train.config import DistillConfig, SignalConfig
 from drivekd.train.guards import TaskLoss
@@ -131,6 +132,27 @@ class _TeacherRoute:
     hidden_layers: tuple[int, ...]
     needs_logits: bool
 
+    def run(self, route: Route) -> ForwardOutput:
+        """Run the teacher on a route's samples, no further than it must."""
+        place = next(self.teacher.parameters()).device
+        if place.type != "meta":  # weights that accelerate's hooks bring in; they move inputs
+            route = route.to(place, non_blocking=place.type != "cpu")
+        inputs = {**route.inputs, "use_cache": False}
+        stops = not self.needs_logits and not self.hidden_layers
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            capture = None
+            hidden: Mapping[int, Tensor] = {}
+            if self.layers:
+                capture = stack.enter_context(
+                    capture_attention(self.teacher, self.layers, stop_after_last=stops)
+                )
+            if self.hidden_layers:
+                hidden = stack.enter_context(
+                    capture_hidden_states(self.teacher, self.hidden_layers)
+                )
+            output: Any = self.teacher(**inputs)
+        return ForwardOutput(capture, hidden, output.logits if self.needs_logits else None)
+
 
 class SignalPlan:
     """All active signals of a distillation, bound to a student, its teachers and the data's types.
@@ -213,6 +235,11 @@ class SignalPlan:
             }
         )
 
+    @property
+    def teachers(self) -> list[nn.Module]:
+        """The teachers that run, each once."""
+        return list(dict.fromkeys(forward.teacher for forward in self._forwards.values()))
+
     def present(self, routes: Mapping[str, Route]) -> list[Signal]:
         """The signals that have samples in a batch with these routes."""
         return [signal for signal in self.signals if signal.route in routes]
@@ -230,26 +257,9 @@ class SignalPlan:
         for name, route in routes.items():
             if name in self.sources:
                 continue
-            forward = self._forwards[name]
-            place = next(forward.teacher.parameters()).device
-            if place.type != "meta":  # weights that accelerate's hooks bring in; they move inputs
-                route = route.to(place, non_blocking=place.type != "cpu")
-            inputs = {**route.inputs, "use_cache": False}
-            stops = not forward.needs_logits and not forward.hidden_layers
-            with torch.no_grad(), contextlib.ExitStack() as stack:
-                capture = None
-                hidden: Mapping[int, Tensor] = {}
-                if forward.layers:
-                    capture = stack.enter_context(
-                        capture_attention(forward.teacher, forward.layers, stop_after_last=stops)
-                    )
-                if forward.hidden_layers:
-                    hidden = stack.enter_context(
-                        capture_hidden_states(forward.teacher, forward.hidden_layers)
-                    )
-                output: Any = forward.teacher(**inputs)
-            logits = output.logits if forward.needs_logits else None
-            outputs[name] = ForwardOutput(capture, hidden, logits)
+            users = (signal.config.name for signal in self.signals if signal.route == name)
+            with phase(f"teacher of {', '.join(users)}"):
+                outputs[name] = self._forwards[name].run(route)
         return outputs
 
     def losses(
@@ -277,33 +287,46 @@ class SignalPlan:
         losses: dict[str, TaskLoss] = {}
         for signal in signals:
             route: Route = batch["routes"][signal.route]
-            if signal.route not in selected:
-                selected[signal.route] = _select(route, batch["tokens"], student.capture)
-            own, tokens = selected[signal.route]
-            weight = _sample_weight(signal, batch["question_types"], route.rows.device)
-            if isinstance(signal.loss, AttentionMapLoss) and signal.route in self.sources:
-                if own is None:
-                    raise ValueError(f"signal {signal.config.name!r} needs the student's capture")
-                layers = signal.loss.with_targets(
-                    own, cast(Any, route.stored), tokens, weight, reduction="none"
-                )
-                losses[signal.config.name] = self._task_loss(signal, layers, batch)
-                continue
-            output = teachers[signal.route]
-            if isinstance(signal.loss, AttentionMapLoss):
-                try:
-                    layers = signal.loss(own, output.capture, tokens, weight, reduction="none")
-                except TokenMismatchError as error:
-                    raise _with_record(error, signal, route, batch) from error
-            elif signal.loss is not None:
-                states = {n: student.hidden[n][route.rows] for n in signal.student_layers}
-                place = tokens.valid.device
-                theirs = {n: output.hidden[n].to(place) for n in signal.loss.teacher_layers}
-                layers = signal.loss(states, theirs, tokens.valid, weight)
-            else:
-                layers = self._logit_loss(signal, batch, route, output, student, weight)[None]
+            with phase(f"loss of {signal.config.name}"):
+                if signal.route not in selected:
+                    selected[signal.route] = _select(route, batch["tokens"], student.capture)
+                own, tokens = selected[signal.route]
+                output = teachers.get(signal.route)
+                layers = self._layers(signal, batch, route, own, tokens, output, student)
             losses[signal.config.name] = self._task_loss(signal, layers, batch)
         return losses
+
+    def _layers(
+        self,
+        signal: Signal,
+        batch: Mapping[str, Any],
+        route: Route,
+        own: CapturedAttention | None,
+        tokens: TokenLayout,
+        teacher: ForwardOutput | None,
+        student: ForwardOutput,
+    ) -> Tensor:
+        """(L,) losses of a signal, one per student layer."""
+        weight = _sample_weight(signal, batch["question_types"], route.rows.device)
+        layers: Tensor
+        if teacher is None:
+            if own is None or not isinstance(signal.loss, AttentionMapLoss):
+                raise ValueError(f"signal {signal.config.name!r} needs the student's capture")
+            stored = cast(Any, route.stored)
+            layers = signal.loss.with_targets(own, stored, tokens, weight, reduction="none")
+        elif isinstance(signal.loss, AttentionMapLoss):
+            try:
+                layers = signal.loss(own, teacher.capture, tokens, weight, reduction="none")
+            except TokenMismatchError as error:
+                raise _with_record(error, signal, route, batch) from error
+        elif signal.loss is not None:
+            states = {n: student.hidden[n][route.rows] for n in signal.student_layers}
+            place = tokens.valid.device
+            theirs = {n: teacher.hidden[n].to(place) for n in signal.loss.teacher_layers}
+            layers = signal.loss(states, theirs, tokens.valid, weight)
+        else:
+            layers = self._logit_loss(signal, batch, route, teacher, student, weight)[None]
+        return layers
 
     @staticmethod
     def _task_loss(signal: Signal, layers: Tensor, batch: Mapping[str, Any]) -> TaskLoss:

@@ -11,7 +11,7 @@ from drivekd.cli import main
 from drivekd.data import save_records
 from drivekd.errors import TokenMismatchError
 from drivekd.losses import AttentionMapLoss
-from drivekd.study import verify as verifying
+from drivekd.study.measure import peak_bytes
 from drivekd.study.verify import AGREES, DIFFERS, NOTHING, verify
 from drivekd.tokens import TokenLayout
 from drivekd.train.config import SignalConfig
@@ -248,7 +248,7 @@ def test_peak_memory_is_what_lives_at_once():
         keep = torch.ones(500_000)
         return keep + 1
 
-    assert verifying._peak(work, torch.device("cpu")) == pytest.approx(4e6, rel=0.05)
+    assert peak_bytes(work, torch.device("cpu")) == pytest.approx(4e6, rel=0.05)
 
 
 @pytest.fixture

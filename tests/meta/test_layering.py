@@ -18,18 +18,21 @@ ALLOWED = {
     "autograd": {"ops", "autograd", "errors"},
     "functional": {"autograd", "ops", "validation", "tokens", "errors", "functional"},
     "losses": {"functional", "tokens", "pairing", "errors"},
-    "projection": {"projection", "functional", "tokens", "pairing", "errors", "reweighting"},
+    "phases": set(),
+    "projection": {
+        "projection", "functional", "tokens", "pairing", "errors", "reweighting", "phases",
+    },
     "reweighting": {"reweighting", "functional", "errors"},
     "capture": {"capture", "functional", "tokens", "pairing", "errors"},
     "data": {"data", "tokens", "errors"},
     "driving": {"driving", "data", "errors"},
     "train": {
         "train", "data", "losses", "projection", "reweighting", "capture", "functional",
-        "tokens", "pairing", "errors",
+        "tokens", "pairing", "errors", "phases",
     },
     "study": {
         "study", "train", "data", "losses", "projection", "reweighting", "capture", "functional",
-        "tokens", "pairing", "errors",
+        "tokens", "pairing", "errors", "phases",
     },
     "demo": {
         "demo", "train", "driving", "study", "data", "functional", "capture", "tokens", "errors",
@@ -37,10 +40,11 @@ ALLOWED = {
     "doctor": {"ops", "errors", "doctor"},
     "cli": {
         "train", "driving", "study", "demo", "data", "doctor", "errors", "cli_cache", "cli_data",
-        "cli_report",
+        "cli_profile", "cli_report",
     },
     "cli_cache": {"train", "study", "errors", "cli_data"},
     "cli_data": {"data", "train", "errors"},
+    "cli_profile": {"study", "train", "cli_data", "errors"},
     "cli_report": {"study", "cli_data", "errors"},
 }  # fmt: skip
 
