@@ -63,12 +63,22 @@ def train(root: Path, run: Path) -> None:
 
 def start(root: Path, run: Path, prepare=lambda: None) -> int:
     """Train in a forked child; returns its process id."""
+
+    def work():
+        prepare()
+        train(root, run)
+
+    return forked(work)
+
+
+def forked(work) -> int:
+    """Do something in a forked child, which leaves with 0 when it is done; its process id."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            prepare()
-            train(root, run)
+            torch.set_num_threads(1)  # OpenMP's threads are not there after a fork: it would wait
+            work()
             code = 0
         finally:
             os._exit(code)

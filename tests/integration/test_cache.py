@@ -249,19 +249,11 @@ def test_fill_that_is_killed_goes_on_where_it_was(ready, write, tmp_path):
     kills = kept = 0
     for number in (2, 7, 9, 11, 16, 1000):
 
-        def prepare(number=number):
+        def work(number=number):
             killed_runs.count_writes(folder, lambda n: n == number and killed_runs.kill_self())
+            cache_targets(recipe)
 
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                prepare()
-                cache_targets(recipe)
-                code = 0
-            finally:
-                os._exit(code)
-        done = killed_runs.finish(child, may_be_killed=True)
+        done = killed_runs.finish(killed_runs.forked(work), may_be_killed=True)
         kills += not done
         now = len(TargetStore(folder))
         assert now >= kept
