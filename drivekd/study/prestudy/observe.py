@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +60,7 @@ class Observation:
     Attributes:
         capability: Its question type.
         num_tokens: Of the record, with answer.
+        words: (T,) int64, its text tokens.
         margin: Of its answer.
         adjacent: (L,) mean over tokens of the cosine between what goes into a layer and what comes
             out of it.
@@ -76,6 +78,7 @@ class Observation:
 
     capability: str
     num_tokens: int
+    words: npt.NDArray[np.int64]
     margin: Margin
     adjacent: Array
     vision_text: Array
@@ -131,6 +134,7 @@ def observe(
             Observation(
                 capability=batch["question_types"][b],
                 num_tokens=stop - start,
+                words=batch["input_ids"][b, start:stop][is_text].cpu().numpy(),
                 margin=margins[b],
                 adjacent=np.stack([layer[b] for layer in adjacent]),
                 vision_text=np.stack([layer[b] for layer in vision_text]),

@@ -46,12 +46,12 @@ def make_plots(study: Prestudy, *, prefix: str = "prestudy") -> list[Plot]:
             f"{prefix}_contrast",
             "What the records of a capability have in common, by layer",
             {
-                title: {c.name: c.similarity[kind].contrast for c in study.capabilities}
+                title: {c.name: c.similarity[kind].beyond_words for c in study.capabilities}
                 for kind, title in _KINDS.items()
             },
             "contrast",
-            "Contrast: how much of the difference between records goes away inside a capability. 0 "
-            "(grey): as different as from other capabilities; 1: all the same.",
+            "Contrast at equal wording: how much of the difference between records goes away "
+            "inside a capability. 0 (grey): as different as from others; 1: all the same.",
             zero=True,
         ),
         _lines(

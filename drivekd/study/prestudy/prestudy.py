@@ -27,6 +27,7 @@ from drivekd.study.prestudy.resampling import (
 )
 from drivekd.study.prestudy.result import Capability, Curve, Margins, Prestudy, Similarity
 from drivekd.study.prestudy.suggest import DEFAULTS, Measured, suggest
+from drivekd.study.prestudy.wording import at_equal_wording, wording_gap, wording_similarity
 from drivekd.train.models import check_same_vision
 
 _FEATURES = {"text_to_vision": "vision", "full": "pooled", "hidden": "hidden"}
@@ -38,6 +39,7 @@ class _Kind:
 
     features: Array  # (n, L, F)
     cosines: Array  # (L, n, n)
+    beyond_words: Array  # (L, n, n), those at equal wording
 
 
 def prestudy(
@@ -63,9 +65,10 @@ def prestudy(
     mean hidden states of vision and text; between every layer of a student and every layer of the
     teacher the cosine of their head-mean maps, row by row, for both regions.
     (b) *Similarity*: cosines between the features of two records of a capability, and of one and a
-    record of another capability; `contrast` sets them against each other. Features are, by layer,
-    the distribution of attention over vision tokens, the pooled whole map (`MapFeatures`), and the
-    mean hidden state of the text behind the picture.
+    record of another capability; `contrast` sets them against each other, as they are and at equal
+    wording (`at_equal_wording`), since questions of a capability are worded alike. Features are, by
+    layer, the distribution of attention over vision tokens, the pooled whole map (`MapFeatures`),
+    and the mean hidden state of the text behind the picture.
     (c) *Dispersion*: mean 1 - cosine of those to their mean over a capability's records.
     (d) *Margin* along the answer (`generalized_margin`), of driving and of general records.
 
@@ -134,11 +137,12 @@ def prestudy(
                 f"{', '.join(sorted(found)) or 'none of those asked for'}"
             )
     draws = Resampling([each.margin.picture for each in seen], resamples=resamples, seed=seed)
-    kinds = {name: _kind(seen, attribute) for name, attribute in _FEATURES.items()}
+    wording = wording_similarity([each.words for each in seen])
+    kinds = {name: _kind(seen, attribute, wording) for name, attribute in _FEATURES.items()}
     studied, suggestions = [], []
     for name in capabilities:
         members = np.array([each.capability == name for each in seen])
-        capability, contrasts = _capability(name, seen, kinds, draws, members)
+        capability, contrasts = _capability(name, seen, kinds, wording, draws, members)
         studied.append(capability)
         if name in DEFAULTS:
             measured = _measured(capability, contrasts, seen, draws, members, num_student_layers)
@@ -163,37 +167,45 @@ def prestudy(
     )
 
 
-def _kind(seen: Sequence[Observation], attribute: str) -> _Kind:
+def _kind(seen: Sequence[Observation], attribute: str, wording: Array) -> _Kind:
     features = np.stack([getattr(each, attribute) for each in seen]).astype(np.float64)
-    return _Kind(features, cosines(features))
+    similarity = cosines(features)
+    labels = [each.capability for each in seen]
+    return _Kind(features, similarity, at_equal_wording(similarity, wording, labels))
 
 
 def _capability(
     name: str,
     seen: Sequence[Observation],
     kinds: Mapping[str, _Kind],
+    wording: Array,
     draws: Resampling,
     members: Members,
 ) -> tuple[Capability, dict[str, Estimate]]:
-    """What was measured, and its contrasts by kind."""
+    """What was measured, and its contrasts at equal wording by kind."""
     similarity, contrasts = {}, {}
     for kind, data in kinds.items():
-        within = draws.similarity(data.cosines, members, members)
-        across = draws.similarity(data.cosines, members, ~members)
-        contrasts[kind] = contrast(within, across)
+        within, across = (draws.similarity(data.cosines, members, o) for o in (members, ~members))
+        contrasts[kind] = contrast(
+            *(draws.similarity(data.beyond_words, members, o) for o in (members, ~members))
+        )
         spread = draws.mean(dispersion(data.features, members), members)
-        parts = (within, across, contrasts[kind], spread)
+        parts = (within, across, contrast(within, across), contrasts[kind], spread)
         similarity[kind] = Similarity(*(_curve(each) for each in parts))
 
     def mean(attribute: str) -> Curve:
         return _curve(draws.mean(np.stack([getattr(each, attribute) for each in seen]), members))
 
     own = [each for each, is_own in zip(seen, members, strict=True) if is_own]
+    words = wording_gap(wording, members)
     capability = Capability(
         name=name,
         records=len(own),
         pictures=draws.pictures(members),
         tokens=float(statistics.median(each.num_tokens for each in own)),
+        words_within=words[0],
+        words_across=words[1],
+        words_gap=words[2],
         adjacent=mean("adjacent"),
         vision_text=mean("vision_text"),
         vision_mass=mean("vision_mass"),
@@ -233,6 +245,9 @@ def _measured(
         contrast=contrasts,
         pictures=capability.pictures,
         records=capability.records,
+        words_within=capability.words_within,
+        words_across=capability.words_across,
+        words_gap=capability.words_gap,
         vision_mass=np.array(capability.vision_mass.value),
         sink_share=np.array(capability.sink_share.value),
         sink_floor=capability.sink_floor,

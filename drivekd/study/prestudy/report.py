@@ -22,8 +22,8 @@ NOTES = (
     "they do not show: only training both ways does.",
     "The paper names these measures and gives no public formulas; definitions and the rule behind "
     "the suggestions are this project's own.",
-    "Questions of different capabilities differ in words and length too. A contrast may come from "
-    "these alone.",
+    "Questions of a capability are worded alike, and so their maps are. Wording is taken out as "
+    "far as a straight line can; what is left may still be wording.",
     "Each capability is tested by itself, at 5 %. Where there is no pattern at all, one pre-study "
     "of three capabilities in seven still suggests something by chance.",
 )
@@ -131,7 +131,7 @@ def _capability_table(study: Prestudy) -> Table:
             f"{each.margins.answer_tokens:g}",
             _interval(each.margins.mean),
             *(_top(c) for c in (each.vision_mass, each.sink_share)),
-            *(_top(each.similarity[kind].contrast) for kind in ("text_to_vision", "full")),
+            *(_top(each.similarity[kind].beyond_words) for kind in ("text_to_vision", "full")),
         )
         rows.append(Row(each.name, cells, "capability"))
     for name, margins in study.general.items():

@@ -12,6 +12,7 @@ Array = npt.NDArray[np.float64]
 Members = npt.NDArray[np.bool_]
 
 MIN_PICTURES = 8  # with fewer, nothing is said about uncertainty
+SIGNIFICANT = 0.05
 _SAME = 1e-6  # 1 - cosine below this is rounding
 
 
@@ -38,15 +39,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The candidate that beats the default most clearly.
+    """The candidate that beats the default.
 
     Attributes:
         index: Which candidate.
         gain: Its statistic minus the default's.
         low: Lower bound of the 95 % interval of that, of this candidate alone.
         high: Its upper bound.
-        p: How often, if no candidate were better than the default, the best of *all* of them would
-            look at least as much better: the bootstrap's largest studentised difference.
+        p: How often, if no candidate were better than the default, one of *all* of them would look
+            at least as much better, in units of its standard error (the draws' largest one).
         tested: Number of candidates.
     """
 
@@ -141,8 +142,8 @@ def contrast(within: Estimate, across: Estimate) -> Estimate:
 
     def of(inside: Array, outside: Array) -> Array:
         apart = 1 - outside
-        ratio = _ratio(inside - outside, apart)
-        return np.where(apart < _SAME, np.where(np.isfinite(ratio), 0, np.nan), ratio)
+        is_same = (apart < _SAME) & np.isfinite(inside)
+        return np.where(is_same, 0.0, _ratio(inside - outside, apart))
 
     size = min(len(within.draws), len(across.draws))
     return Estimate(of(within.value, across.value), of(within.draws[:size], across.draws[:size]))
@@ -151,8 +152,9 @@ def contrast(within: Estimate, across: Estimate) -> Estimate:
 def compare(estimate: Estimate, default: int) -> Comparison | None:
     """Whether any of (C,) candidates has a larger statistic than the default one.
 
-    The candidate named is the most clearly better one. That it is the best of many is accounted
-    for: p is that of the largest of all differences, each in units of its own standard error.
+    The candidate named is the best of those that are better with p up to 0.05, or if none is, the
+    most clearly better one. That it is one of many is accounted for: p is that of the largest of
+    all differences, each in units of its own standard error.
 
     Returns:
         None where nothing can be said: too few pictures, or no candidate that differs.
@@ -168,8 +170,12 @@ def compare(estimate: Estimate, default: int) -> Comparison | None:
         return None
     scores = gains[usable] / spread[usable]
     largest = ((whole[:, usable] - gains[usable]) / spread[usable]).max(1)
-    index = int(usable[scores.argmax()])
-    p = (1 + int((largest >= scores.max()).sum())) / (1 + len(largest))
+    chances = (1 + (largest[:, None] >= scores).sum(0)) / (1 + len(largest))
+    is_better = chances <= SIGNIFICANT
+    chosen = (
+        np.where(is_better, gains[usable], -np.inf).argmax() if any(is_better) else scores.argmax()
+    )
+    index, p = int(usable[chosen]), float(chances[chosen])
     low, high = np.quantile(whole[:, index], (0.025, 0.975))
     return Comparison(index, float(gains[index]), float(low), float(high), p, len(usable))
 

@@ -32,12 +32,15 @@ class Similarity:
         within: Mean cosine between two records of the capability.
         across: Mean cosine between one of them and one of another capability.
         contrast: `drivekd.study.prestudy.resampling.contrast` of the two.
+        beyond_words: The same at equal wording (`drivekd.study.prestudy.wording`); suggestions
+            follow it.
         dispersion: Mean 1 - cosine to the mean over the capability's records.
     """
 
     within: Curve
     across: Curve
     contrast: Curve
+    beyond_words: Curve
     dispersion: Curve
 
 
@@ -69,6 +72,9 @@ class Capability:
         records: How many.
         pictures: How many different pictures they have.
         tokens: Median length of a record.
+        words_within: Mean cosine between the word counts of two records of the capability.
+        words_across: The same of one of them and one of another capability.
+        words_gap: The difference in standard deviations (`wording_gap`).
         adjacent: As in `drivekd.study.prestudy.observe.Observation`, like the next four.
         vision_text: Likewise.
         vision_mass: Likewise.
@@ -84,6 +90,9 @@ class Capability:
     records: int
     pictures: int
     tokens: float
+    words_within: float
+    words_across: float
+    words_gap: float
     adjacent: Curve
     vision_text: Curve
     vision_mass: Curve

@@ -1,9 +1,9 @@
 """From contrasts to a signal for each capability, with its reason and how sure it is.
 
 The rule is ours. A layer whose maps are alike for a capability's records, and unlike those of other
-capabilities, holds a pattern of that capability, which a student can be taught; `contrast` says how
-much. The paper's layers are kept unless another candidate has a contrast that is larger by more
-than chance, with all candidates counted.
+capabilities, holds a pattern of that capability, which a student can be taught; `contrast` at equal
+wording says how much. The paper's layers are kept unless another candidate has a contrast that is
+above 0, and larger by more than chance with all candidates counted.
 """
 
 from __future__ import annotations
@@ -15,8 +15,16 @@ import numpy as np
 
 from drivekd.pairing import match_layer_groups, resolve_layers
 from drivekd.study.prestudy.measures import REGIONS
-from drivekd.study.prestudy.resampling import MIN_PICTURES, Array, Comparison, Estimate, compare
+from drivekd.study.prestudy.resampling import (
+    MIN_PICTURES,
+    SIGNIFICANT,
+    Array,
+    Comparison,
+    Estimate,
+    compare,
+)
 from drivekd.study.prestudy.result import Suggestion
+from drivekd.study.prestudy.wording import MAX_GAP
 from drivekd.study.verify import PAPER_SIGNALS
 
 CLEAR, WEAK, NOISE = "clear", "weak", "within noise"
@@ -45,9 +53,12 @@ class Measured:
     """What a suggestion for one capability is made of.
 
     Attributes:
-        contrast: By region, (L,) of the teacher's layers.
+        contrast: By region, (L,) of the teacher's layers, at equal wording.
         pictures: How many different pictures the records have.
         records: How many records.
+        words_within: Mean cosine of the words of two of the records.
+        words_across: Of one of them and one of another capability.
+        words_gap: The difference in standard deviations (`wording_gap`).
         vision_mass: (L,) mean share of attention that falls on vision tokens.
         sink_share: (L,) mean share of that which falls on the few shared tokens.
         sink_floor: What that is of even attention.
@@ -58,6 +69,9 @@ class Measured:
     contrast: Mapping[str, Estimate]
     pictures: int
     records: int
+    words_within: float
+    words_across: float
+    words_gap: float
     vision_mass: Array
     sink_share: Array
     sink_floor: float
@@ -106,8 +120,9 @@ def suggest(capability: str, num_layers: int, measured: Measured) -> Suggestion:
         measured: What was measured.
 
     Returns:
-        The paper's layers and region unless another candidate's contrast is larger by at least
-        MATERIAL, with p up to 0.05 over all candidates and a 95 % interval above 0.
+        The paper's layers and region unless another candidate's contrast is at least MATERIAL and
+        larger by as much, p of that is up to 0.05 over all candidates, and both have 95 % intervals
+        above 0.
     """
     choices = candidates(capability, num_layers)
     contrast = _of_candidates(choices, measured.contrast)
@@ -121,12 +136,19 @@ def suggest(capability: str, num_layers: int, measured: Measured) -> Suggestion:
         )
         return _suggestion(capability, default, UNKNOWN, None, measured, num_layers, reasons)
     reasons.append(
-        f"The paper's choice ({default}) has a contrast of "
+        f"The paper's choice ({default}) has, at equal wording, a contrast of "
         f"{_with_interval(contrast.value[0], low[0], high[0])} over {measured.records} records of "
         f"{measured.pictures} pictures."
     )
-    if low[0] <= 0 <= high[0]:
+    if low[0] <= 0:
         reasons.append("That is no more than chance gives: it need not be a pattern at all.")
+    if measured.words_gap > MAX_GAP:
+        reasons.append(
+            "But its questions are worded so much alike, and so unlike the others "
+            f"(cosine of words {measured.words_within:.2f} among them, {measured.words_across:.2f} "
+            "to others), that no pattern can be told from wording. The paper's layers stay."
+        )
+        return _suggestion(capability, default, UNKNOWN, None, measured, num_layers, reasons)
     found = compare(contrast, 0)
     if found is None:
         why = (
@@ -138,8 +160,11 @@ def suggest(capability: str, num_layers: int, measured: Measured) -> Suggestion:
         return _suggestion(capability, default, UNKNOWN, None, measured, num_layers, reasons)
     best = choices[found.index]
     evidence = judge(found, measured.pictures)
+    is_pattern = low[found.index] > 0 and contrast.value[found.index] >= MATERIAL
+    if evidence in (CLEAR, WEAK) and not is_pattern:
+        evidence = SMALL
     reasons.append(
-        f"The most clearly better of {found.tested} others ({best}) has "
+        f"The strongest of {found.tested} others ({best}) has "
         f"{contrast.value[found.index]:.2f}, {_with_interval(found.gain, found.low, found.high)} "
         f"more, p = {found.p:.2g} with all of them counted: {evidence}."
     )
@@ -154,7 +179,7 @@ def suggest(capability: str, num_layers: int, measured: Measured) -> Suggestion:
 
 def judge(found: Comparison, pictures: int) -> str:
     """How strong the evidence of a comparison is, in one of a few words."""
-    if found.p > 0.05 or found.low <= 0:
+    if found.p > SIGNIFICANT or found.low <= 0:
         return NOISE
     if found.gain < MATERIAL:
         return SMALL
@@ -255,7 +280,7 @@ def _matching(chosen: Candidate, num_layers: int, depth: int) -> str | int:
     if depth:
         placed = [round(end * (depth - 1) / (num_layers - 1)) for end in ends]
         first, last = placed
-        return _name(first, depth) if isinstance(spec, int) else f"{first}..{last}"
+        return _name(first, depth) if first == last else f"{first}..{last}"
     first, last = (end if 2 * end < num_layers else end - num_layers for end in ends)
     return first if isinstance(spec, int) else f"{first}..{last}"
 
