@@ -68,7 +68,7 @@ def test_questions_about_one_picture_do_not_make_a_capability_look_alike():
 
 
 def test_bounds_of_a_mean_hold_it_as_often_as_they_say():
-    """Records of a picture go together: bounds that took them for independent would be too tight."""
+    """Records of a picture go together: bounds as if they were independent would be too tight."""
     generator = np.random.default_rng(2)
     hits = 0
     for trial in range(200):
@@ -137,7 +137,7 @@ def test_dispersion_is_one_minus_the_cosine_to_the_groups_mean():
 
 
 def test_of_many_candidates_that_are_no_better_one_wins_seldom():
-    """The best of twenty is nearly always 'better'; counting all of them, in one of twenty trials."""
+    """The best of twenty looks better nearly always; with all counted, one time in twenty."""
     generator = np.random.default_rng(5)
     wins = naive = 0
     for trial in range(300):
