@@ -335,6 +335,7 @@ def test_the_command_writes_a_report_and_signals_that_distill_takes(recipe, tmp_
     assert all(each.records == 4 for each in small.capabilities)
     assert small.student == str(tmp_path / "student") and small.num_student_layers == 2
     assert small.general["general"].records == 2
+    assert small.settings["records"] == records and small.settings["limit"] == 4
     page = (folder / "report.html").read_text()
     assert page.count("<figure>") == 12 == len(list(folder.glob("*.png")))
     assert not re.search(r"https?:|<script|(src|href)=\"(?!data:)", page)

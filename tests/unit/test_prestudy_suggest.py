@@ -115,8 +115,9 @@ def test_a_range_is_compared_with_ranges():
 
 def test_few_pictures_are_weak_evidence_at_best():
     found = suggest("perception", LAYERS, measured(text_to_vision=peak(5), pictures=12))
-    assert found.evidence == WEAK and found.teacher_layers == 5
-    assert "Train both" in " ".join(found.reasons)
+    assert found.evidence == WEAK and found.is_default and found.teacher_layers == "first"
+    text = " ".join(found.reasons)
+    assert "layer 5, text_to_vision" in text and "worth a training of their own" in text
 
 
 def test_what_is_sure_and_small_does_not_matter():

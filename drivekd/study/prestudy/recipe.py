@@ -138,7 +138,8 @@ def run_prestudy(
                 seed=request.seed,
                 progress=tell,
             )
-        studies.append(_only(study, {c for c, (_, p) in teachers.items() if p == path}))
+        own_capabilities = {c for c, (_, p) in teachers.items() if p == path}
+        studies.append(_completed(study, own_capabilities, request))
         del teacher, batches, others
         gc.collect()  # before the next one takes memory
     document = Document(tuple(studies))
@@ -241,10 +242,15 @@ def _load(role: str, path: str, request: Request, recipe: Recipe | None) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _only(study: Prestudy, capabilities: Collection[str]) -> Prestudy:
-    """Without the suggestions that another teacher is asked for."""
+def _completed(study: Prestudy, capabilities: Collection[str], request: Request) -> Prestudy:
+    """With where records came from, without the suggestions that another teacher is asked for."""
     own = tuple(each for each in study.suggestions if each.capability in capabilities)
-    return replace(study, suggestions=own)
+    settings: dict[str, str | int | float] = {
+        "records": str(request.records),
+        "general": str(request.general or ""),
+        "limit": request.limit,
+    }
+    return replace(study, suggestions=own, settings=settings | study.settings)
 
 
 @contextmanager

@@ -24,8 +24,8 @@ NOTES = (
     "the suggestions are this project's own.",
     "Questions of a capability are worded alike, and so their maps are. Wording is taken out as "
     "far as a straight line can; what is left may still be wording.",
-    "Each capability is tested by itself, at 5 %. Where there is no pattern at all, one pre-study "
-    "of three capabilities in seven still suggests something by chance.",
+    "Each capability is tested by itself: where there is no pattern at all, about one in twenty "
+    "still shows weak evidence by chance, one in a hundred clear evidence.",
 )
 
 

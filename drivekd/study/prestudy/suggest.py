@@ -120,9 +120,10 @@ def suggest(capability: str, num_layers: int, measured: Measured) -> Suggestion:
         measured: What was measured.
 
     Returns:
-        The paper's layers and region unless another candidate's contrast is at least MATERIAL and
-        larger by as much, p of that is up to 0.05 over all candidates, and both have 95 % intervals
-        above 0.
+        The paper's layers and region unless the evidence for another candidate is clear: a contrast
+        of at least MATERIAL, larger by as much, both with 95 % intervals above 0, p up to 0.01 with
+        all candidates counted, and MANY_PICTURES pictures. With p up to 0.05 or fewer pictures it
+        is weak: said, not suggested.
     """
     choices = candidates(capability, num_layers)
     contrast = _of_candidates(choices, measured.contrast)
@@ -168,12 +169,11 @@ def suggest(capability: str, num_layers: int, measured: Measured) -> Suggestion:
         f"{contrast.value[found.index]:.2f}, {_with_interval(found.gain, found.low, found.high)} "
         f"more, p = {found.p:.2g} with all of them counted: {evidence}."
     )
-    kept = evidence not in (CLEAR, WEAK)
-    if kept:
+    if evidence == WEAK:
+        reasons.append("The paper's layers stay; the others are worth a training of their own.")
+    elif evidence != CLEAR:
         reasons.append("The paper's layers stay.")
-    elif evidence == WEAK:
-        reasons.append("Train both before believing it.")
-    chosen = default if kept else best
+    chosen = best if evidence == CLEAR else default
     return _suggestion(capability, chosen, evidence, found, measured, num_layers, reasons)
 
 
@@ -266,7 +266,7 @@ def _student_layers(
         f"{sentence}, its layer {found.index} {column.value[found.index]:.2f} "
         f"(p = {found.p:.2g} of {found.tested} others: {evidence})"
     )
-    if evidence in (CLEAR, WEAK):
+    if evidence == CLEAR:
         return _name(found.index, depth), [f"{other}, which is taken."]
     return start, [f"{other}: the layer at the same depth stays."]
 
