@@ -36,16 +36,16 @@ def family(name, root):
     return teacher, student, Collator(encoder, teacher.config, pad_token_id=0)
 
 
-def eager(model, batch):
+def eager(model, batch, sample=0):
     """(L, N, N) maps, (L + 1, N, D) hidden states and (N, V) logits of eager attention, float64."""
     twin = copy.deepcopy(model)
     twin.set_attn_implementation("eager")
     inputs = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and k != "labels"}
     with torch.no_grad():
         out = twin(**inputs, output_attentions=True, output_hidden_states=True, use_cache=False)
-    maps = np.stack([layer[0].double().mean(0).numpy() for layer in out.attentions])
-    hidden = np.stack([layer[0].double().numpy() for layer in out.hidden_states])
-    return maps, hidden, out.logits[0].double().numpy()
+    maps = np.stack([layer[sample].double().mean(0).numpy() for layer in out.attentions])
+    hidden = np.stack([layer[sample].double().numpy() for layer in out.hidden_states])
+    return maps, hidden, out.logits[sample].double().numpy()
 
 
 def cosine(a, b):
@@ -102,6 +102,29 @@ def test_observations_are_those_of_eager_attention(name, tmp_path):
         assert found.margin.tokens == len(margins)
         assert found.margin.mean == pytest.approx(np.mean(margins), abs=1e-4)
         assert found.num_tokens == len(text) and len(found.words) == text.sum()
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("name", ["internvl3_5", "qwen3_vl", "llava_onevision"])
+def test_every_family_is_observed(name, padding):
+    make = toy_models.FAMILIES[name]
+    teacher, student = (make.model(layers=n, seed=n).requires_grad_(False) for n in (3, 2))
+    batch = make.inputs(padding=padding)
+    batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    batch["labels"][:, -8:-5] = batch["input_ids"][:, -8:-5]
+    tokens = toy_models.layout_of(batch)
+    names = {"question_types": ["a", "b"], "record_ids": ["", ""], "tokens": tokens}
+    found = observe(teacher, {**batch, **names}, student=student, tau=1.0)[1]
+    maps, own = (eager(model, batch, sample=1)[0] for model in (teacher, student))
+    valid, vision, text = (
+        mask[1].numpy() for mask in (tokens.valid, tokens.is_vision, tokens.is_text)
+    )
+    asking = text & (np.arange(len(text)) > np.flatnonzero(vision).max())
+    seen = maps[:, asking][:, :, vision].sum(-1).mean(1)
+    np.testing.assert_allclose(found.vision_mass, seen, atol=3e-6)
+    wanted = [[cosine(s[valid][:, valid], t[valid][:, valid]).mean() for t in maps] for s in own]
+    np.testing.assert_allclose(found.alignment["full"], wanted, atol=3e-6)
+    assert found.num_tokens == valid.sum() == toy_models.NUM_TOKENS - 5
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

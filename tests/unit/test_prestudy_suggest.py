@@ -126,6 +126,13 @@ def test_what_is_sure_and_small_does_not_matter():
     assert found.is_default and found.evidence == SMALL and found.p <= 0.01
 
 
+@pytest.mark.parametrize(("height", "base"), [(0.19, 0.0), (0.6, 0.45)])
+def test_what_untrained_models_show_too_is_weak_evidence(height, base):
+    """A contrast, or a gain, that wording alone may leave is said and not suggested."""
+    found = suggest("perception", LAYERS, measured(peak(5, height, base), 0.0, spread=0.005))
+    assert found.evidence == WEAK and found.is_default and found.p <= 0.01
+
+
 def test_what_is_better_than_a_bad_default_and_no_pattern_itself_does_not_matter():
     found = suggest("perception", LAYERS, measured(peak(0, -0.4, base=0.0), 0.0))
     assert found.is_default and found.evidence == SMALL

@@ -13,17 +13,19 @@ from drivekd.study.page import page, plot_section
 from drivekd.study.plots import Plot
 from drivekd.study.prestudy.plots import make_plots
 from drivekd.study.prestudy.result import Curve, Document, Prestudy
+from drivekd.study.prestudy.suggest import UNTRAINED
 from drivekd.study.tables import NOT_MEASURED, Row, Table, to_html, to_markdown
 
 DOCUMENT, SIGNALS = "prestudy.json", "signals.yaml"
 TITLE = "Pre-study: what to distil from where"
 NOTES = (
     "These numbers describe a teacher. That a student learns more from one layer than from another "
-    "they do not show: only training both ways does.",
+    "they do not show, nor that it learns nothing where there is no contrast: only training does.",
     "The paper names these measures and gives no public formulas; definitions and the rule behind "
     "the suggestions are this project's own.",
     "Questions of a capability are worded alike, and so their maps are. Wording is taken out as "
-    "far as a straight line can; what is left may still be wording.",
+    "far as a straight line can; what is left may still be wording. Untrained models show "
+    f"contrasts up to about {UNTRAINED:g}: below that, nothing is called clear.",
     "Each capability is tested by itself: where there is no pattern at all, about one in twenty "
     "still shows weak evidence by chance, one in a hundred clear evidence.",
 )
