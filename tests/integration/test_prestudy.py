@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from drivekd.capture import CapturedAttention, CapturedLayer
 from drivekd.cli import main
 from drivekd.data import Collator, Message, ProcessorEncoder, Record, save_records
 from drivekd.errors import DataError, TokenMismatchError
@@ -19,6 +20,7 @@ from drivekd.study.prestudy.measures import VISION_BINS, bin_shares
 from drivekd.study.prestudy.observe import observe, observe_margins
 from drivekd.train import distill, load_recipe
 from tests.helpers import toy_data, toy_models
+from tests.helpers.memory import LiveBytes
 from tests.helpers.recipes import write_recipe
 from tests.helpers.toy_processors import QwenProcessor
 
@@ -164,6 +166,28 @@ def test_rows_are_read_in_chunks_and_no_map_is_held(tmp_path, monkeypatch):
     assert max(heights) == 16 and sum(heights) == 2 * found.num_tokens
     np.testing.assert_allclose(found.pooled, whole.pooled, rtol=1e-10)
     np.testing.assert_allclose(found.alignment["full"], whole.alignment["full"], rtol=1e-10)
+
+
+def test_memory_is_bounded_by_rows_however_long_a_record_is(monkeypatch):
+    """No map of a layer, let alone one with heads, is ever whole; all layers are 24 maps."""
+    num_tokens, heads = 1200, 4
+
+    def capture(layers):
+        records = {
+            i: CapturedLayer(*torch.randn(2, 1, heads, num_tokens, 16), scale=0.25)
+            for i in range(layers)
+        }
+        return CapturedAttention(layers, tuple(range(layers)), records, None, None)
+
+    teacher, student = capture(16), capture(8)
+    is_vision = torch.arange(num_tokens) < 700
+    monkeypatch.setattr(observing, "_CHUNK_BYTES", 4 * 24 * num_tokens * 32)  # 32 rows
+    with LiveBytes() as memory:
+        features, pairs = observing._read_maps(teacher, student, 0, 0, is_vision, ~is_vision)
+    one_map = 4 * num_tokens**2
+    assert memory.largest < one_map
+    assert memory.peak < 3 * one_map < 24 * one_map / 2
+    assert torch.isfinite(features.pooled).all() and torch.isfinite(pairs["full"]).all()
 
 
 def test_logits_of_the_answer_alone_are_asked_for_where_the_model_can(tmp_path, monkeypatch):

@@ -102,9 +102,9 @@ def prestudy(
 
     Note:
         One forward of each model a record. Queries and keys of all layers are held while a batch is
-        looked at, hidden states of one layer, and 128 MiB of rows of maps; of logits those of the
-        answer where the model can give them alone. What is kept of a record is a few hundred
-        numbers and a hidden state a layer.
+        looked at, hidden states of one layer, 128 MiB of rows of head-mean maps and a few times
+        that while they are worked on; of logits those of the answer where the model can give them
+        alone. What is kept of a record is a few hundred numbers and a hidden state a layer.
     """
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}, wanted at least 1")
