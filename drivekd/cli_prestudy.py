@@ -10,6 +10,8 @@ from drivekd.cli_cache import Progress
 from drivekd.cli_data import OK
 from drivekd.cli_report import natural
 
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 def add_prestudy_command(commands: Any, add_command: Any) -> None:
     """Add `drivekd prestudy` to the command line.
@@ -24,10 +26,10 @@ def add_prestudy_command(commands: Any, add_command: Any) -> None:
         _run_prestudy,
         help="which layers and regions of a teacher to distil, and how sure that is",
         description="Run a teacher (the teachers of a recipe) over records of each capability and "
-        "measure, layer by layer,\nwhat the records of a capability have in common, how far they "
-        "scatter, where the text's attention\ngoes, how student and teacher layers pair up, and "
-        "how sure the answers are. Suggests signals,\nwith reasons and the strength of the "
-        "evidence; where differences are within noise, the paper's.\nNeeds room for whole models.",
+        "measure, layer by\nlayer, what the records of a capability have in common, how far they "
+        "scatter, where the text's\nattention goes, how student and teacher layers pair up, and how "
+        "sure the answers are. Suggests\nsignals, with reasons and the strength of the evidence; "
+        "without clear evidence, the paper's.\nNeeds room for whole models.",
     )
     command.add_argument("source", metavar="RECIPE_OR_MODEL", help="RECIPE.yaml, folder, hub name")
     command.add_argument("records", type=Path, metavar="RECORDS", help="file of records")
@@ -65,7 +67,9 @@ def add_prestudy_command(commands: Any, add_command: Any) -> None:
         help="default: prestudy in training.output_dir, or runs/prestudy",
     )
     command.add_argument("--device", help="where models run; default: a GPU if there is one")
-    command.add_argument("--dtype", help="of the models; default: the recipe's, or as saved")
+    command.add_argument(
+        "--dtype", choices=_DTYPES, help="of the models; default: the recipe's, or as saved"
+    )
     command.add_argument("--tau", type=_temperature, default=1.0, help="of margins; default: 1")
     command.add_argument("--seed", type=natural, default=0, help="of choices and draws; default: 0")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")

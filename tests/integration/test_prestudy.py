@@ -424,6 +424,7 @@ def test_the_command_takes_a_model_and_prints_json(tmp_path, capsys, recipe):
         (["recipe.yaml", "driving.json", "studnet=b"], "studnet"),
         (["recipe.yaml", "train.json", "--types", "sort"], "no signal and no teacher is named"),
         (["recipe.yaml", "driving.json", "--student", "./b/no"], "student: ./b/no is not a folder"),
+        (["recipe.yaml", "driving.json", "--device", "abacus"], "device 'abacus' cannot be used"),
         (["recipe.yaml", "words.json"], "record 'plain' has no picture"),
         (["recipe.yaml", "silent.json"], "training needs an answer"),
     ],

@@ -109,7 +109,7 @@ def run_prestudy(
     root = request.root or _recipe_root(recipe) or request.records.parent
     start = student or next(path for _, path in teachers.values())
     encode = _Encoding(recipe, start, root)
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(request.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for name, path in teachers.values():
         check_tokenizer(name, path, encode.tokenizer)
     own = None if student is None else _load("student", student, request, recipe).to(device)
@@ -145,6 +145,15 @@ def run_prestudy(
     document = Document(tuple(studies))
     folder = Path("runs") if recipe is None else Path(recipe.training["output_dir"])
     return document, signals_yaml(document, teachers), folder / "prestudy"
+
+
+def _device(name: str) -> torch.device:
+    """The device, if something can be put there."""
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"device {name!r} cannot be used: {reason}") from error
 
 
 def _teachers(request: Request, recipe: Recipe | None) -> dict[str, tuple[str, str]]:
