@@ -28,8 +28,8 @@ def add_prestudy_command(commands: Any, add_command: Any) -> None:
         description="Run a teacher (the teachers of a recipe) over records of each capability and "
         "measure, layer by\nlayer, what the records of a capability have in common, how far they "
         "scatter, where the text's\nattention goes, how student and teacher layers pair up, and "
-        "how sure the answers are. Suggests\nsignals, with reasons and the strength of the evidence; "
-        "without clear evidence, the paper's.\nNeeds room for whole models.",
+        "how sure the answers are. Suggests\nsignals, with reasons and the strength of the "
+        "evidence; without clear evidence, the paper's.\nNeeds room for whole models.",
     )
     command.add_argument("source", metavar="RECIPE_OR_MODEL", help="RECIPE.yaml, folder, hub name")
     command.add_argument("records", type=Path, metavar="RECORDS", help="file of records")
