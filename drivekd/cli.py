@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from drivekd.cli_cache import add_cache_command
 from drivekd.cli_data import FOUND_PROBLEMS, OK, add_data_commands
+from drivekd.cli_prestudy import add_prestudy_command
 from drivekd.cli_profile import add_profile_command
 from drivekd.cli_report import add_report_command
 from drivekd.errors import (
@@ -84,6 +85,7 @@ where things go:
   cache       cache.path of the recipe
   verify      there too: verify.json
   report      report.html beside the run's log.jsonl
+  prestudy    prestudy in training.output_dir, runs/prestudy, or --output
   the others  to the terminal; --json (data, doctor, evaluate, profile) for programs
 
 exit codes:
@@ -148,6 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_distill(commands)
     add_cache_command(commands, _add_command)
+    add_prestudy_command(commands, _add_command)
     _add_verify(commands)
     add_profile_command(commands, _add_command)
     add_report_command(commands, _add_command)

@@ -51,7 +51,7 @@ def _run_cache(settings: argparse.Namespace) -> int:
     from drivekd.train import cache_targets, load_recipe, plan_cache
 
     recipe = load_recipe(settings.recipe, settings.overrides)
-    progress = _Progress()
+    progress = Progress()
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes the first
     if settings.dry_run:
         plan = plan_cache(recipe, check=settings.check, progress=progress)
@@ -115,7 +115,7 @@ def size_text(size: int) -> str:
     return f"{size} bytes" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
 
 
-class _Progress:
+class Progress:
     """A line on the terminal every few seconds, with the time left."""
 
     def __init__(self) -> None:
@@ -123,6 +123,7 @@ class _Progress:
         self._start = self._last = time.monotonic()
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        """Say where the work is, if it is time to."""
         now = time.monotonic()
         if what != self._what:
             self._what, self._start, self._last = what, now, now

@@ -30,7 +30,7 @@ def add_report_command(commands: Any, add_command: Any) -> None:
     command.add_argument("folder", type=Path, metavar="RUN", help="training.output_dir of a run")
     command.add_argument(
         "--overlays",
-        type=_natural,
+        type=natural,
         default=2,
         metavar="N",
         help="records a signal with attention overlays, which load student and teachers; 0 loads "
@@ -65,7 +65,7 @@ def _run_report(settings: argparse.Namespace) -> int:
     return OK
 
 
-def _natural(text: str) -> int:
+def natural(text: str) -> int:
     """An int of at least 0, for argparse."""
     value = int(text)
     if value < 0:

@@ -122,7 +122,7 @@ class Run:
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Run:
         """A run from parsed JSON, as `dataclasses.asdict` gave it; errors as `Study.from_json`."""
-        run: Run = _decode(cls, dict(document), "run")
+        run: Run = decode(cls, dict(document), "run")
         return run
 
 
@@ -138,7 +138,7 @@ class Teacher:
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Teacher:
         """A teacher from parsed JSON, likewise."""
-        teacher: Teacher = _decode(cls, dict(document), "teacher")
+        teacher: Teacher = decode(cls, dict(document), "teacher")
         return teacher
 
 
@@ -206,7 +206,7 @@ class Study:
     def to_json(self) -> str:
         """The document as JSON text; numbers that are not finite become null."""
         document = {"format": FORMAT, **asdict(self)}
-        return json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(finite(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Study:
@@ -219,7 +219,7 @@ class Study:
         document = json.loads(text)
         if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
             raise ValueError(f"study: not a drivekd report document of format {FORMAT}")
-        study: Study = _decode(cls, document, "study")
+        study: Study = decode(cls, document, "study")
         return study
 
 
@@ -278,26 +278,26 @@ def _test_set_problems(study: Study) -> Iterator[str]:
             yield f"{where}: its test set differs from the first run's: {size} is not {sizes}"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same document with None for every float that JSON cannot hold."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _decode(kind: Any, value: Any, where: str) -> Any:
+def decode(kind: Any, value: Any, where: str) -> Any:
     """A value of the annotated kind from parsed JSON, strictly."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind) and isinstance(kind, type):
         return _decode_dataclass(kind, _of(dict, value, where), where)
     if origin is tuple:
         items = _of(list, value, where)
-        return tuple(_decode(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(items))
+        return tuple(decode(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(items))
     if origin is dict:
         items = _of(dict, value, where)
-        return {key: _decode(arguments[1], v, f"{where}[{key!r}]") for key, v in items.items()}
+        return {key: decode(arguments[1], v, f"{where}[{key!r}]") for key, v in items.items()}
     if origin is types.UnionType:  # a setting: anything flat
         if isinstance(value, dict):
             raise TypeError(f"{where} is an object; a setting is a string, a number or a list")
@@ -315,7 +315,7 @@ def _decode_dataclass(kind: type, value: dict[str, Any], where: str) -> Any:
     for each in fields(kind):
         place = f"{where}.{each.name}"
         if each.name in value:
-            arguments[each.name] = _decode(hints[each.name], value[each.name], place)
+            arguments[each.name] = decode(hints[each.name], value[each.name], place)
         elif each.default is MISSING and each.default_factory is MISSING:
             raise ValueError(f"{place} is missing")
     try:

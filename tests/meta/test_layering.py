@@ -40,10 +40,11 @@ ALLOWED = {
     "doctor": {"ops", "errors", "doctor"},
     "cli": {
         "train", "driving", "study", "demo", "data", "doctor", "errors", "cli_cache", "cli_data",
-        "cli_profile", "cli_report",
+        "cli_prestudy", "cli_profile", "cli_report",
     },
     "cli_cache": {"train", "study", "errors", "cli_data"},
     "cli_data": {"data", "train", "errors"},
+    "cli_prestudy": {"study", "cli_cache", "cli_data", "cli_report"},
     "cli_profile": {"study", "train", "cli_data", "errors"},
     "cli_report": {"study", "cli_data", "errors"},
 }  # fmt: skip

@@ -69,6 +69,7 @@ def test_help_says_what_to_try_first_where_outputs_go_and_gives_examples(capsys)
         ["demo"],
         ["distill"],
         ["cache"],
+        ["prestudy"],
         ["verify"],
         ["profile"],
         ["report"],
