@@ -38,21 +38,13 @@ ALLOWED = {
         "demo", "train", "driving", "study", "data", "functional", "capture", "tokens", "errors",
     },
     "doctor": {"ops", "errors", "doctor"},
-    "cli": {
-        "train", "driving", "study", "demo", "data", "doctor", "errors", "cli_cache", "cli_data",
-        "cli_prestudy", "cli_profile", "cli_report",
-    },
-    "cli_cache": {"train", "study", "errors", "cli_data"},
-    "cli_data": {"data", "train", "errors"},
-    "cli_prestudy": {"study", "cli_cache", "cli_data", "cli_report"},
-    "cli_profile": {"study", "train", "cli_data", "errors"},
-    "cli_report": {"study", "cli_data", "errors"},
+    "cli": {"train", "driving", "study", "demo", "data", "doctor", "errors", "cli"},
 }  # fmt: skip
 
 # Third-party packages that only these may import, and whether only inside functions.
 RESTRICTED = {
     "triton": set(),
-    "transformers": {"capture", "data", "train", "demo", "study", "cli", "cli_data", "doctor"},
+    "transformers": {"capture", "data", "train", "demo", "study", "cli", "doctor"},
     "datasets": {"data"},
     "highway_env": {"driving"},
     "gymnasium": {"driving"},
@@ -61,7 +53,7 @@ RESTRICTED = {
 LAZY_ONLY = {
     ("transformers", "capture"), ("transformers", "data"), ("datasets", "data"),
     ("highway_env", "driving"),
-    ("gymnasium", "driving"), ("torch", "driving"), ("transformers", "cli_data"),
+    ("gymnasium", "driving"), ("torch", "driving"), ("transformers", "cli"),
 }  # fmt: skip
 
 

@@ -265,7 +265,7 @@ def test_a_missing_source_is_named(tmp_path, capsys):
 
 
 def test_formats_of_the_command_are_those_of_the_reader():
-    from drivekd.cli_data import _FORMATS
+    from drivekd.cli.data import _FORMATS
 
     assert (*_FORMATS, "hf") == CONVERT_FORMATS
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drivekd.cli_data import FOUND_PROBLEMS, OK
+from drivekd.cli.common import FOUND_PROBLEMS, OK, AddCommand, positive
 from drivekd.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _OF_MODELS = {
 _OF_RECIPES = {"steps": 5, "no_what_if": False}
 
 
-def add_profile_command(commands: Any, add_command: Any) -> None:
+def add_profile_command(commands: Any, add_command: AddCommand) -> None:
     """Add `drivekd profile` to the command line.
 
     Args:
@@ -52,7 +52,7 @@ def add_profile_command(commands: Any, add_command: Any) -> None:
     command.set_defaults(overrides=[])
     _add_model_options(command.add_argument_group("options with MODEL"))
     steps = command.add_argument_group("options with RECIPE.yaml")
-    steps.add_argument("--steps", type=_positive, metavar="N", help="steps that count; default: 5")
+    steps.add_argument("--steps", type=positive, metavar="N", help="steps that count; default: 5")
     steps.add_argument(
         "--no-what-if",
         action="store_true",
@@ -60,7 +60,7 @@ def add_profile_command(commands: Any, add_command: Any) -> None:
         help="do not also run it without signals and with one backward",
     )
     command.add_argument(
-        "--warmup", type=_positive, metavar="N", help="rounds or steps before; default: 1 or 2"
+        "--warmup", type=positive, metavar="N", help="rounds or steps before; default: 1 or 2"
     )
     output = command.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -86,7 +86,7 @@ def _add_model_options(group: Any) -> None:
     )
     group.add_argument(
         "--text-tokens",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="without --records: tokens of text; default: 512",
     )
@@ -98,22 +98,22 @@ def _add_model_options(group: Any) -> None:
     )
     group.add_argument(
         "--image-size",
-        type=_positive,
+        type=positive,
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
         help="of these pictures, in pixels; default: the model's own, 448 448 for Qwen-VL",
     )
     group.add_argument(
         "--batch-sizes",
-        type=_positive,
+        type=positive,
         nargs="+",
         metavar="N",
         help="copies of the prompt that are answered at once; default: 1",
     )
     group.add_argument(
-        "--new-tokens", type=_positive, metavar="N", help="tokens of each answer; default: 64"
+        "--new-tokens", type=positive, metavar="N", help="tokens of each answer; default: 64"
     )
-    group.add_argument("--rounds", type=_positive, metavar="N", help="timed answers; default: 5")
+    group.add_argument("--rounds", type=positive, metavar="N", help="timed answers; default: 5")
     group.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -218,11 +218,6 @@ def _show(settings: argparse.Namespace, document: dict[str, Any], tables: Sequen
 
 def _say(what: str) -> None:
     print(f"profile: {what}", file=sys.stderr)
-
-
-def _positive(text: str) -> int:
-    """An int of at least 1, for argparse."""
-    return _at_least(1, text)
 
 
 def _natural(text: str) -> int:

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from drivekd.cli_data import OK
+from drivekd.cli.common import OK, AddCommand, natural
 
 
-def add_report_command(commands: Any, add_command: Any) -> None:
+def add_report_command(commands: Any, add_command: AddCommand) -> None:
     """Add `drivekd report` to the parser's commands.
 
     Args:
@@ -63,11 +63,3 @@ def _run_report(settings: argparse.Namespace) -> int:
         )
     print(f"report: {write_training_report(settings.folder, overlays=overlays)}")
     return OK
-
-
-def natural(text: str) -> int:
-    """An int of at least 0, for argparse."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"is {value}; it must be at least 0")
-    return value

@@ -6,10 +6,11 @@ import argparse
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from drivekd.cli.common import FOUND_PROBLEMS, OK, AddCommand
 from drivekd.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,13 +18,11 @@ if TYPE_CHECKING:
     from drivekd.data.reading import Entry
     from drivekd.data.records import TypeNames
 
-OK, FOUND_PROBLEMS = 0, 1
-
 _FORMATS = ("auto", "drivekd", "jsonl", "llava", "sharegpt", "drivelm", "drivebench")
 _SHOWN = 5
 
 
-def add_data_commands(commands: Any, add_command: Callable[..., Any]) -> None:
+def add_data_commands(commands: Any, add_command: AddCommand) -> None:
     """Add `data` with its two commands to the parser."""
     data = commands.add_parser("data", help="check or convert files of records")
     actions = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -31,7 +30,7 @@ def add_data_commands(commands: Any, add_command: Callable[..., Any]) -> None:
     _add_convert(actions, add_command)
 
 
-def _add_check(actions: Any, add_command: Callable[..., Any]) -> None:
+def _add_check(actions: Any, add_command: AddCommand) -> None:
     check = add_command(
         actions,
         "check",
@@ -70,7 +69,7 @@ def _add_check(actions: Any, add_command: Callable[..., Any]) -> None:
     output.add_argument("--json", action="store_true", help="print every problem as JSON")
 
 
-def _add_convert(actions: Any, add_command: Callable[..., Any]) -> None:
+def _add_convert(actions: Any, add_command: AddCommand) -> None:
     convert = add_command(
         actions,
         "convert",

@@ -6,14 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from drivekd.cli_cache import Progress
-from drivekd.cli_data import OK
-from drivekd.cli_report import natural
+from drivekd.cli.common import OK, AddCommand, Progress, natural
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def add_prestudy_command(commands: Any, add_command: Any) -> None:
+def add_prestudy_command(commands: Any, add_command: AddCommand) -> None:
     """Add `drivekd prestudy` to the command line.
 
     Args:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drivekd.cli_data import OK
+from drivekd.cli.common import OK, AddCommand, Progress
 
 if TYPE_CHECKING:
     from drivekd.study.tables import Table
     from drivekd.train import CachePlan
 
-_EVERY_SECONDS = 5.0
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
-def add_cache_command(commands: Any, add_command: Any) -> None:
+def add_cache_command(commands: Any, add_command: AddCommand) -> None:
     """Add `drivekd cache` to the command line.
 
     Args:
@@ -113,22 +110,3 @@ def size_text(size: int) -> str:
     while value >= 1024 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
     return f"{size} bytes" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
-
-
-class Progress:
-    """A line on the terminal every few seconds, with the time left."""
-
-    def __init__(self) -> None:
-        self._what = ""
-        self._start = self._last = time.monotonic()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Say where the work is, if it is time to."""
-        now = time.monotonic()
-        if what != self._what:
-            self._what, self._start, self._last = what, now, now
-        if now - self._last < _EVERY_SECONDS:
-            return
-        self._last = now
-        left = (now - self._start) / max(done, 1) * (total - done)
-        print(f"{what} {done:,} of {total:,}, {left / 60:.0f} min left", file=sys.stderr)
