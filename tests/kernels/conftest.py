@@ -47,6 +47,44 @@ def quick_interpreter():
 
 
 @pytest.fixture
+def exact_bfloat16(monkeypatch):
+    """Triton's interpreter rounds to bfloat16 as GPUs do, and multiplies it in float32.
+
+    By itself it cuts float32 off, and tl.dot multiplies the raw bits.
+    """
+    if ON_GPU:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    cast, dot = builder.cast_impl, builder.create_dot
+
+    def is_bfloat16(kind):
+        return kind.scalar == tl.bfloat16
+
+    def widened(x):
+        values = torch.from_numpy(x.data.copy()).view(torch.bfloat16).float().numpy()
+        return handle(values.reshape(x.data.shape), tl.float32)
+
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar == tl.float32 and is_bfloat16(dst_type):
+            bits = torch.from_numpy(src.data.copy()).bfloat16().view(torch.uint16).numpy()
+            return handle(bits.reshape(src.data.shape), tl.bfloat16)
+        if is_bfloat16(src.dtype) and dst_type.scalar == tl.float32:
+            return widened(src)
+        return cast(self, src, dst_type)
+
+    def create_dot(self, a, b, *others):
+        if is_bfloat16(a.dtype) and is_bfloat16(b.dtype):
+            a, b = widened(a), widened(b)
+        return dot(self, a, b, *others)
+
+    monkeypatch.setattr(builder, "cast_impl", cast_impl)
+    monkeypatch.setattr(builder, "create_dot", create_dot)
+
+
+@pytest.fixture
 def few_programs(monkeypatch):
     """In the interpreter dk's work is shared by 5 programs, not by the 264 of an H200."""
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -44,30 +44,10 @@ ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 # The interpreter's own: infinities are data, and numpy would have it read scalars anew.
 pytestmark = [
+    pytest.mark.usefixtures("exact_bfloat16"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def rounding_interpreter(monkeypatch):
-    """Triton's interpreter cuts float32 off to bfloat16; GPUs round to nearest even."""
-    if DEVICE == "cuda":
-        return
-    from triton.runtime import interpreter
-
-    original = interpreter.InterpreterBuilder.cast_impl
-
-    def cast(self, src, dst_type):
-        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
-            bits = torch.from_numpy(src.data.copy()).bfloat16().view(torch.uint16).numpy()
-            return interpreter.TensorHandle(bits.reshape(src.data.shape), tl.bfloat16)
-        if src.dtype.scalar == tl.bfloat16 and dst_type.scalar == tl.float32:
-            wide = torch.from_numpy(src.data.copy()).view(torch.bfloat16).float().numpy()
-            return interpreter.TensorHandle(wide.reshape(src.data.shape), tl.float32)
-        return original(self, src, dst_type)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
 
 
 def on_device(lists):
