@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Several stages of on_gpu.sh in one call on a GPU machine, each within its share of the time:
-#   benchmarks/gpu_session.sh correctness    build, ceilings, tests, the loss of one model pair
-#   benchmarks/gpu_session.sh numbers        every kernel by itself, a training step, projection, the other pairs
-#   benchmarks/gpu_session.sh depth          sanitizers, counters, the demo
+#   benchmarks/gpu_session.sh correctness    build, ceilings, tests, the loss of one model pair, projection
+#   benchmarks/gpu_session.sh numbers        whole training steps, every kernel by itself, the other pairs
+#   benchmarks/gpu_session.sh depth          counters, sanitizers, the demo (DEMO_DATA: its data set)
 #   benchmarks/gpu_session.sh "gram" "loss internvl3-2b full"    stages of one's own choice
 # The whole takes at most ${SECONDS_IN_ALL:-560} seconds. A stage that fails or runs out of time does not
 # keep the next from running; session.txt says how each ended. Results go to ${OUT:-benchmarks/results/gpu}.
@@ -11,9 +11,9 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 case ${1:?which session? see the head of this file} in
   # seconds at most, then the stage
-  correctness) plan=("90 build" "40 ceilings" "240 test" "90 loss internvl3-1b full" "40 loss internvl3-1b t2v" "60 gram") ;;
-  numbers) plan=("90 build" "90 step" "70 kernels" "90 loss internvl3-2b full" "90 loss qwen2.5-vl-3b full" "60 gram" "30 loss internvl3-2b t2v" "30 loss qwen2.5-vl-3b t2v") ;;
-  depth) plan=("90 build" "120 ncu" "120 sanitize" "220 demo") ;;
+  correctness) plan=("100 build" "45 ceilings" "260 test" "100 loss internvl3-1b full" "35 loss internvl3-1b t2v" "80 gram") ;;
+  numbers) plan=("120 step" "100 kernels" "100 loss internvl3-2b full" "100 loss qwen2.5-vl-3b full" "35 loss internvl3-2b t2v" "35 loss qwen2.5-vl-3b t2v") ;;
+  depth) plan=("100 build" "160 ncu" "140 sanitize" "210 demo") ;;
   *)
     plan=()
     for stage in "$@"; do plan+=("300 $stage"); done
