@@ -138,8 +138,8 @@ def _profile_recipe(settings: argparse.Namespace, recipe: str) -> int:
         )
     _refuse(settings, _OF_MODELS, "belongs to models, not to a recipe")
     _defaults(settings, _OF_RECIPES)
-    from drivekd.study.profile_report import training_document, training_tables
-    from drivekd.study.profile_training import profile_recipe
+    from drivekd.study.profile.report import training_document, training_tables
+    from drivekd.study.profile.training import profile_recipe
     from drivekd.train import load_recipe
 
     profile = profile_recipe(
@@ -162,8 +162,8 @@ def _profile_models(settings: argparse.Namespace) -> int:
         raise RecipeError("nothing to profile; give MODEL, --random-weights CONFIG or RECIPE.yaml")
     import torch
 
-    from drivekd.study.profile_models import PromptSettings, Source, profile_models
-    from drivekd.study.profile_report import deployment_document, deployment_table
+    from drivekd.study.profile.models import PromptSettings, Source, profile_models
+    from drivekd.study.profile.report import deployment_document, deployment_table
     from drivekd.train import EncoderConfig, load_recipe
 
     encoding = EncoderConfig()

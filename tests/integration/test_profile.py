@@ -11,10 +11,10 @@ import torch
 from drivekd.cli import main
 from drivekd.data import save_records
 from drivekd.errors import RecipeError
-from drivekd.study import profile_models as loading
-from drivekd.study.profile import profile_model
-from drivekd.study.profile_prompt import Prompt, synthetic_prompt
-from drivekd.study.profile_report import deployment_table, ratios
+from drivekd.study.profile import models as loading
+from drivekd.study.profile.deployment import profile_model
+from drivekd.study.profile.prompt import Prompt, synthetic_prompt
+from drivekd.study.profile.report import deployment_table, ratios
 from drivekd.study.tables import to_text
 from tests.helpers import toy_data
 from tests.helpers.toy_models import FAMILIES, IMAGE, internvl, llama, qwen2, qwen2_5_vl, qwen3_vl

@@ -12,10 +12,10 @@ import yaml
 from drivekd.cli import main
 from drivekd.errors import RecipeError, TrainingMemoryError
 from drivekd.phases import listening, phase
-from drivekd.study import profile_training as profiling
-from drivekd.study.profile_clock import OTHER, PhaseClock
-from drivekd.study.profile_report import extra_time, training_document, training_tables
-from drivekd.study.profile_training import ONE_BACKWARD, PLAIN, profile_recipe
+from drivekd.study.profile import training as profiling
+from drivekd.study.profile.clock import OTHER, PhaseClock
+from drivekd.study.profile.report import extra_time, training_document, training_tables
+from drivekd.study.profile.training import ONE_BACKWARD, PLAIN, profile_recipe
 from drivekd.study.tables import to_text
 from drivekd.train import load_recipe
 from tests.helpers import toy_data
@@ -228,7 +228,7 @@ def test_recipe_may_keep_the_best_checkpoint(folder, tmp_path):
 
 def test_time_belongs_to_the_innermost_phase_and_adds_up(monkeypatch):
     moments = iter(range(100))
-    monkeypatch.setattr("drivekd.study.profile_clock.time.perf_counter", lambda: next(moments))
+    monkeypatch.setattr("drivekd.study.profile.clock.time.perf_counter", lambda: next(moments))
     clock = PhaseClock([])
     with listening(clock):
         with phase("before a step"):

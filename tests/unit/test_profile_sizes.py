@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from drivekd.study.profile_sizes import held_kv_bytes, kv_cache_bytes, weight_count
+from drivekd.study.profile.sizes import held_kv_bytes, kv_cache_bytes, weight_count
 from tests.helpers.toy_models import FAMILIES, qwen2
 
 

@@ -25,8 +25,8 @@ from drivekd.study.measure import (
     resident_bytes,
     untouched_random,
 )
-from drivekd.study.profile_prompt import Prompt
-from drivekd.study.profile_sizes import held_kv_bytes, kv_cache_bytes
+from drivekd.study.profile.prompt import Prompt
+from drivekd.study.profile.sizes import held_kv_bytes, kv_cache_bytes
 from drivekd.train.guards import is_out_of_memory
 from drivekd.train.teachers import is_quantized
 

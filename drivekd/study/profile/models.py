@@ -14,9 +14,9 @@ from drivekd.data import load_records
 from drivekd.errors import DataError, RecipeError, TokenMismatchError
 from drivekd.study.costs import quantity
 from drivekd.study.measure import free_bytes, release, resident_bytes, untouched_random
-from drivekd.study.profile import Deployment, describe, profile_model
-from drivekd.study.profile_prompt import Prompt, record_prompt, synthetic_prompt
-from drivekd.study.profile_sizes import weight_count
+from drivekd.study.profile.deployment import Deployment, describe, profile_model
+from drivekd.study.profile.prompt import Prompt, record_prompt, synthetic_prompt
+from drivekd.study.profile.sizes import weight_count
 from drivekd.train.guards import is_out_of_memory
 from drivekd.train.models import check_same_vision_configs, load_model
 from drivekd.train.recipe import DtypeName, EncoderConfig

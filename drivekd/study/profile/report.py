@@ -14,8 +14,8 @@ import transformers
 
 from drivekd.study.costs import quantity
 from drivekd.study.measure import percentile
-from drivekd.study.profile import Deployment
-from drivekd.study.profile_training import PLAIN, Steps, TrainingProfile
+from drivekd.study.profile.deployment import Deployment
+from drivekd.study.profile.training import PLAIN, Steps, TrainingProfile
 from drivekd.study.tables import NOT_MEASURED, Row, Table
 
 _PERCENTILES = (50, 90)

@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from drivekd.errors import RecipeError, TrainingMemoryError
 from drivekd.phases import listening, phase
 from drivekd.study.measure import MemoryTrace, device_name, release, untouched_random
-from drivekd.study.profile_clock import OTHER, PhaseClock
+from drivekd.study.profile.clock import OTHER, PhaseClock
 from drivekd.train.config import DistillConfig, ProjectionConfig
 from drivekd.train.recipe import Recipe
 from drivekd.train.run import make_ready, make_trainer
