@@ -5,6 +5,7 @@ import torch
 
 from drivekd.functional import attention_map_loss
 from tests.helpers.attention import Heads, make_case, run, run_twin
+from tests.helpers.graphs import check_captured, loss_and_gradients
 from tests.helpers.memory import EXTRA_PART, extra_bound
 
 pytestmark = pytest.mark.gpu
@@ -72,9 +73,7 @@ def call_of(case):
 
     def call():
         loss = attention_map_loss(q, k, q_t, k_t, tokens, backend="triton", **case.settings)
-        # Without its graph: that would keep nodes alive which belong to the stream of this call,
-        # and a capture of a later call would have to wait for that stream.
-        return loss.detach(), *torch.autograd.grad(loss, (q, k))
+        return loss_and_gradients(loss, (q, k))
 
     return call
 
@@ -90,20 +89,7 @@ def as_in_production():
 @pytest.mark.parametrize("region", REGIONS)
 def test_no_synchronisation_and_a_graph_replays_it(loss, region):
     case = make_case(num_tokens=200, dtype=torch.bfloat16, loss=loss, region=region, padding="left")
-    call = call_of(case)
-    first = call()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        second = call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = call()
-    graph.replay()
-    torch.cuda.synchronize()
-    for a, b, c in zip(first, second, replayed, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c)  # bitwise repeatable, too
+    check_captured(call_of(case))
 
 
 @pytest.mark.several_gpus

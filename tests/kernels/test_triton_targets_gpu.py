@@ -8,6 +8,7 @@ import torch
 from drivekd.functional import attention_map_target_loss
 from tests.helpers.attention import Heads, make_case
 from tests.helpers.given import make_target, run_given, run_given_twin, whole_map
+from tests.helpers.graphs import check_captured, loss_and_gradients
 
 pytestmark = pytest.mark.gpu
 
@@ -49,8 +50,7 @@ def given_call_of(case):
         loss = attention_map_target_loss(
             q, k, target, tokens, loss=case.settings["loss"], backend="triton"
         )
-        # Without its graph, whose nodes belong to this call's stream: a capture would wait for it.
-        return loss.detach(), *torch.autograd.grad(loss, (q, k))
+        return loss_and_gradients(loss, (q, k))
 
     return call
 
@@ -60,17 +60,4 @@ def given_call_of(case):
 def test_no_synchronisation_and_a_graph_replays_it(loss, region):
     torch.use_deterministic_algorithms(False)  # as in production
     case = make_case(num_tokens=200, dtype=torch.bfloat16, loss=loss, region=region, padding="left")
-    call = given_call_of(case)
-    first = call()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        second = call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = call()
-    graph.replay()
-    torch.cuda.synchronize()
-    for a, b, c in zip(first, second, replayed, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c)  # bitwise repeatable, too
+    check_captured(given_call_of(case))
