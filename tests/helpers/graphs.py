@@ -1,4 +1,4 @@
-"""What must hold of a call on a GPU: it waits for nothing, repeats to the bit, and can be captured."""
+"""What must hold of a call on a GPU: it waits for nothing, repeats to the bit, is captured."""
 
 import torch
 
