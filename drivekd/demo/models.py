@@ -7,6 +7,7 @@ with a chat template. Only the sizes are small.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 IMAGE_SIZE = (48, 168)  # pixels, height x width: the driving world's frame
+IMAGE_MEAN = (0.22, 0.22, 0.22)  # the asphalt, so that an empty patch is near 0
+IMAGE_STD = (0.25, 0.25, 0.25)
 GRID = (6, 6)  # vision tokens, rows x columns: one lane or shoulder by 13.3 m each
 IMAGE_TOKEN, START_IMAGE, END_IMAGE = "<image>", "<img>", "</img>"
 PAD, UNKNOWN, USER, ASSISTANT, END = "<pad>", "<unk>", "<user>", "<assistant>", "<end>"
@@ -73,6 +76,8 @@ def build_tokenizer(records: Iterable[Record]) -> PreTrainedTokenizerFast:
         unk_token=UNKNOWN,
         eos_token=END,
         additional_special_tokens=[IMAGE_TOKEN, START_IMAGE, END_IMAGE, USER, ASSISTANT],
+        start_image_token=START_IMAGE,
+        end_image_token=END_IMAGE,
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
@@ -125,6 +130,16 @@ def build_model(
     return model
 
 
+def save_model(
+    model: InternVLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
+    """Weights, tokenizer and how pictures are read: what `drivekd evaluate` and recipes take."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    pictures = {"image_mean": IMAGE_MEAN, "image_std": IMAGE_STD}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures) + "\n", encoding="utf-8")
+
+
 class CachedEncoder:
     """The encoder that every toy model shares (one 168 x 48 tile, 36 vision tokens), remembering.
 
@@ -141,8 +156,8 @@ class CachedEncoder:
             image_size=IMAGE_SIZE,
             image_seq_length=GRID[0] * GRID[1],
             image_token=IMAGE_TOKEN,
-            image_mean=(0.22, 0.22, 0.22),  # the asphalt, so that an empty patch is near 0
-            image_std=(0.25, 0.25, 0.25),
+            image_mean=IMAGE_MEAN,
+            image_std=IMAGE_STD,
             start_image_token=START_IMAGE,
             end_image_token=END_IMAGE,
             root=root,

@@ -16,7 +16,7 @@ from drivekd.data.collate import Collator
 from drivekd.demo.data import Splits, blanked, load_splits
 from drivekd.demo.evaluation import tally_answers
 from drivekd.demo.jobs import Job
-from drivekd.demo.models import STUDENT, TEACHER, CachedEncoder, build_model
+from drivekd.demo.models import STUDENT, TEACHER, CachedEncoder, build_model, save_model
 from drivekd.demo.settings import ArmSpec, World
 from drivekd.demo.teachers import load_teacher, load_tokenizer
 from drivekd.study.schema import CurvePoint, LossPoint, ProjectionPoint, Run, Signal
@@ -112,8 +112,7 @@ def run_job(job: Job, say: Callable[[str], None]) -> Run:
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
-    student.save_pretrained(job.output / "student")
-    tokenizer.save_pretrained(job.output / "student")
+    save_model(student, tokenizer, job.output / "student")
     measure = partial(tally_answers, student, encoder, tokenizer)
     clock = recorder.clock
     run = Run(

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from drivekd.cli import main
 from drivekd.data import Message, Record
 from drivekd.demo import run
 from drivekd.demo.data import load_splits, make_world, open_world
@@ -64,6 +65,20 @@ def test_demo_leaves_report_plots_and_students(smoke):
     assert all(run["wall_seconds"] > 0 for run in document["runs"])
     assert [run["arm"] for run in document["runs"]] == ["ce", "multi+agp"]  # not as they ended
     assert (folder / "students" / "multi+agp-0" / "student" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_student_of_the_demo_can_be_evaluated_by_command(smoke, capsys):
+    folder, _ = smoke
+    arguments = [str(folder / "students" / "ce-0" / "student"), str(folder / "data" / "test.json")]
+    assert main(["evaluate", *arguments, "--max-new-tokens", "6", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]["by_capability"]
+    document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    (ce,) = (run for run in document["runs"] if run["arm"] == "ce")
+    for capability in CAPABILITIES:
+        tallies = ce["accuracy"][capability].values()
+        assert scores[capability]["correct"] == sum(each["correct"] for each in tallies)
+        assert scores[capability]["count"] == sum(each["total"] for each in tallies)
 
 
 @pytest.mark.slow
