@@ -241,7 +241,8 @@ open_watches: list[ForwardWatch] = []
 
 def _caches(call: Call) -> bool:
     """Whether the decoder works with a key-value cache in this call."""
-    if call.argument("past_key_values") is not None:
+    # Its name is `cache` in newer versions of transformers.
+    if any(call.argument(name) is not None for name in ("past_key_values", "cache")):
         return True
     use_cache = call.argument("use_cache")
     if use_cache is None:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def run_ranks(module, folder, *, ranks=2, timeout=120):
 
 def main():
     module, folder = importlib.import_module(sys.argv[1]), Path(sys.argv[2])
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
     distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -6,11 +6,14 @@ from transformers.modeling_utils import AttentionInterface
 
 from drivekd.capture import capture_attention
 
+# What a first forward leaves on a model without any capture.
+OF_TRANSFORMERS = {"_output_capturing_hooks_installed"}
+
 
 def traces(*models):
     """Everything a capture touches: the registry, modules' attribute names and their forwards."""
     attributes = [
-        (set(module.__dict__), id(module.__dict__.get("forward")))
+        (set(module.__dict__) - OF_TRANSFORMERS, id(module.__dict__.get("forward")))
         for model in models
         for module in model.modules()
     ]
