@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from drivekd import errors
 from drivekd.cli.cache import add_cache_command
 from drivekd.cli.common import FAILED, OK
 from drivekd.cli.data import add_data_commands
@@ -19,33 +20,20 @@ from drivekd.cli.prestudy import add_prestudy_command
 from drivekd.cli.profile import add_profile_command
 from drivekd.cli.report import add_report_command
 from drivekd.cli.verify import add_verify_command
-from drivekd.errors import (
-    BackendUnavailableError,
-    CacheError,
-    CaptureError,
-    CheckpointError,
-    DataError,
-    NonFiniteLossError,
-    RecipeError,
-    RunFailedError,
-    TokenMismatchError,
-    TrainingMemoryError,
-    UnsupportedEngineError,
-)
 
 # What a user can put right; anything else is a bug and shows its traceback.
 EXPECTED_ERRORS = (
-    BackendUnavailableError,
-    CacheError,
-    CaptureError,
-    CheckpointError,
-    DataError,
-    NonFiniteLossError,
-    RecipeError,
-    RunFailedError,
-    TokenMismatchError,
-    TrainingMemoryError,
-    UnsupportedEngineError,
+    errors.BackendUnavailableError,
+    errors.CacheError,
+    errors.CaptureError,
+    errors.CheckpointError,
+    errors.DataError,
+    errors.NonFiniteLossError,
+    errors.RecipeError,
+    errors.RunFailedError,
+    errors.TokenMismatchError,
+    errors.TrainingMemoryError,
+    errors.UnsupportedEngineError,
     ImportError,
     OSError,
 )

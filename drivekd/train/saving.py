@@ -82,8 +82,8 @@ class SurvivingTrainer(EndsExactly, ShardingTrainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._restore_total_loss()
-        self._initial_global_step = 0  # newer Trainers divide by the steps since then; the sum is
-        # that of all steps
+        # Newer Trainers divide by the steps since then, but the sum is that of all steps.
+        self._initial_global_step = 0
         self._tr_loss = ranks.mean(self._tr_loss)  # Trainer's is this process' since the last row
         return super()._finalize_training(*args, **kwargs)
 
