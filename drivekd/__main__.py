@@ -1,8 +1,6 @@
 """`python -m drivekd`: the same as the `drivekd` command."""
 
-import sys
-
-from drivekd.cli import main
+from drivekd.cli.command import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -223,13 +223,7 @@ def test_accelerate_launch_shards_a_recipe(tmp_path, tuning):
     launch = ["-m", "accelerate.commands.launch", "--num_processes", "2"]
     launch += ["--config_file", str(ROOT / "recipes" / "launch" / "fsdp2.yaml")]
     launch += ["--fsdp_cpu_ram_efficient_loading", "true", "--main_process_port", str(free_port())]
-    try:
-        start_ranks([*launch, "-m", "drivekd", "distill", str(file), *changes], 1, timeout=200)
-    except AssertionError as error:
-        # Once in some fifty launches, on a busy machine, a thread of a rank died while its
-        # interpreter ended. All is written by then, which the rest of this test looks at.
-        if "terminate called without an active exception" not in str(error):
-            raise
+    start_ranks([*launch, "-m", "drivekd", "distill", str(file), *changes], 1, timeout=200)
     weights = [
         load_file(folder / "model.safetensors") for folder in (one, tmp_path / "two/student")
     ]

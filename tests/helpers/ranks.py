@@ -90,6 +90,9 @@ def main():
     if hasattr(module, "last"):
         module.last()
     distributed.destroy_process_group()
+    # As drivekd.cli.command: without finalization, which a thread of gloo could spoil.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

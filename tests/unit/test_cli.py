@@ -116,6 +116,51 @@ def test_version_is_printed(capsys):
 
 # exit codes
 
+ENDING = """
+import atexit, sys
+import drivekd.cli.command as program
+
+class Finalized:
+    def __del__(self, write=sys.stderr.write):
+        write("finalized ")
+
+last = Finalized()
+def main():
+    atexit.register(sys.stderr.write, "handlers ")
+    sys.stdout.write("result")  # without a line's end: still in the buffer
+    {ending}
+program.main = main
+program.command()
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    "ending, code, says",
+    [
+        ("return 0", 0, ""),
+        ("return 2", 2, ""),
+        ("sys.exit(2)", 2, ""),
+        ("raise KeyError('a bug')", 1, "Traceback"),
+    ],
+)
+def test_one_of_several_processes_ends_before_the_interpreter_is_finalized(
+    ending, code, says, ranks
+):
+    """Where a thread of gloo could abort it; what others do at exit, output and code stay."""
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDING.format(ending=ending)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(ranks)},
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == code
+    assert ended.stdout == "result"
+    assert "handlers " in ended.stderr and says in ended.stderr
+    assert ("finalized " in ended.stderr) == (ranks == 1)
+
 
 @pytest.mark.parametrize(
     "arguments",
