@@ -89,8 +89,8 @@ def main():
     torch.save(results, folder / f"{distributed.get_rank()}.pt")
     if hasattr(module, "last"):
         module.last()
-    distributed.destroy_process_group()
-    # As drivekd.cli.command: without finalization, which a thread of gloo could spoil.
+    # As drivekd.cli.command: a thread of gloo could spoil finalization, and hold up the end of the
+    # group for ever where a DistributedDataParallel outlives it.
     sys.stdout.flush()
     os._exit(0)
 
