@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks import untrained_contrast
 from drivekd.cli import main
 from drivekd.data import Message, Record
 from drivekd.demo import run
@@ -33,6 +34,7 @@ from drivekd.demo.settings import (
 from drivekd.demo.teachers import ASSETS, load_teacher, load_tokenizer, read_facts
 from drivekd.demo.training import _arguments, distill_config, prepare_teachers
 from drivekd.errors import DataError, RunFailedError
+from drivekd.study.prestudy.suggest import UNTRAINED
 
 
 class Clock:
@@ -124,6 +126,19 @@ def test_run_of_another_version_is_refused(smoke, tmp_path):
     job = Job(CE, 0, SMOKE_WORLD, Training(steps=20), folder / "data", "d", tmp_path)
     with pytest.raises(DataError, match="holds a run of another version of drivekd; remove it"):
         read_run(job)
+
+
+@pytest.mark.slow
+def test_the_contrast_of_untrained_teachers_is_measured_on_its_records(smoke, tmp_path):
+    file = tmp_path / "contrast.json"
+    data = str(smoke[0] / "data")
+    code = untrained_contrast.main(
+        [data, "--teachers", "2", "--records", "4", "--output", str(file)]
+    )
+    document = json.loads(file.read_text(encoding="utf-8"))
+    assert [row["seed"] for row in document["teachers"]] == [0, 1]
+    assert sum(document["evidence"].values()) == 4  # two capabilities each
+    assert code == int(document["largest_of_19_in_20"] >= UNTRAINED)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from drivekd.study.prestudy.suggest import (
     NOISE,
     SMALL,
     UNKNOWN,
+    UNTRAINED,
     WEAK,
     Measured,
     candidates,
@@ -126,7 +127,7 @@ def test_what_is_sure_and_small_does_not_matter():
     assert found.is_default and found.evidence == SMALL and found.p <= 0.01
 
 
-@pytest.mark.parametrize(("height", "base"), [(0.19, 0.0), (0.6, 0.45)])
+@pytest.mark.parametrize(("height", "base"), [(UNTRAINED - 0.01, 0.0), (0.6, 0.45)])
 def test_what_untrained_models_show_too_is_weak_evidence(height, base):
     """A contrast, or a gain, that wording alone may leave is said and not suggested."""
     found = suggest("perception", LAYERS, measured(peak(5, height, base), 0.0, spread=0.005))
