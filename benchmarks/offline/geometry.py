@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from drivekd_kernels.launch import Tokens
+from drivekd_kernels.operands import Tokens
 from numpy.typing import NDArray
 
 from benchmarks.offline.record import Launch

@@ -11,8 +11,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from drivekd_kernels import launch as launchers
-from drivekd_kernels.launch import Tokens
+from drivekd_kernels import specialize
+from drivekd_kernels.operands import Tokens
 from drivekd_kernels.tuned import Tiles
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
@@ -229,30 +229,30 @@ def tiles_replaced(
         choose: (pass, padded head dim) -> tiles; None: those that ship.
         one_pass: whether dq makes delta on the way; None: as shipped.
     """
-    shipped, shipped_one_pass = launchers.tiles, launchers.one_pass
+    shipped, shipped_one_pass = specialize.tiles, specialize.one_pass
 
     def tiles(kernel: str, arch: int, dtype: str, block_d: int, **variant: bool) -> Tiles:
         chosen = choose(kernel, block_d)
         return shipped(kernel, arch, dtype, block_d, **variant) if chosen is None else chosen
 
-    launchers.tiles = tiles
+    specialize.tiles = tiles
     if one_pass is not None:
-        launchers.one_pass = lambda query: one_pass
+        specialize.one_pass = lambda query: one_pass
     try:
         yield
     finally:
-        launchers.tiles, launchers.one_pass = shipped, shipped_one_pass
+        specialize.tiles, specialize.one_pass = shipped, shipped_one_pass
 
 
 @contextlib.contextmanager
 def architecture(arch: int) -> Iterator[None]:
     """Launchers that choose tiles for a GPU that is not there."""
-    original = launchers.architecture
-    launchers.architecture = lambda tensor: arch
+    original = specialize.architecture
+    specialize.architecture = lambda tensor: arch
     try:
         yield
     finally:
-        launchers.architecture = original
+        specialize.architecture = original
 
 
 def _layer(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from drivekd_kernels.launch import padded_dims
+from drivekd_kernels.specialize import padded_dims
 from drivekd_kernels.tuned import Tiles
 
 from benchmarks.devices import DEVICES, Device

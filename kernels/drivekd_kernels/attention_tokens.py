@@ -1,7 +1,7 @@
 """What every token sees and which tokens a region has, where a sample is one segment.
 
 Grid (samples). A program walks over its tokens, once for the first, the last and the number of
-valid ones, once to write the vectors of `launch.Tokens`, with running counts of rows and keys.
+valid ones, once to write the vectors of `operands.Tokens`, with running counts of rows and keys.
 """
 
 import triton

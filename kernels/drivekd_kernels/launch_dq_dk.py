@@ -6,19 +6,17 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from drivekd_kernels import attention_dk, attention_dq, launch
-from drivekd_kernels.launch import (
+from drivekd_kernels import attention_dk, attention_dq, specialize
+from drivekd_kernels.operands import (
     LOG2E,
-    MAP_ALIGN,
     Chunk,
     Heads,
     Tokens,
     ceil_div,
-    meta_of,
+    map_strides,
     on_device,
-    packed_heads,
-    strides,
 )
+from drivekd_kernels.specialize import meta_of, packed_heads
 from drivekd_kernels.tuned import Tiles
 
 MAX_PLANES = 16  # of dk
@@ -37,23 +35,14 @@ def delta(heads: Heads, tokens: Tokens, chunk: Chunk, w: Tensor, logs: Tensor | 
             w,
             logs,
             result,
-            tokens.first,
-            tokens.last,
-            tokens.tags,
-            tokens.rows,
-            tokens.num_rows,
+            *tokens.seen,
             tokens.before,
             tokens.num_tokens,
             chunk.first,
             chunk.count,
-            *strides(heads.query),
-            *strides(heads.key),
-            *(each // MAP_ALIGN for each in w.stride()[:2]),
+            *heads.strides,
+            *map_strides(w),
             heads.scale * LOG2E,
-            ALIGN_MAP=MAP_ALIGN,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
             **meta,
         )
     return result
@@ -68,7 +57,7 @@ def dq(
     out: Tensor,
 ) -> Tensor:
     """Write dq of a chunk's rows to out (B, H, N, D) float32; return what `delta` gives."""
-    single = launch.one_pass(heads.query)
+    single = specialize.one_pass(heads.query)
     meta, tile = _gradient_meta("dq", heads, tokens, log=logs is not None)
     pairs = _pairs(heads, chunk) if single else delta(heads, tokens, chunk, w, logs)
     with on_device(heads.query):
@@ -80,26 +69,17 @@ def dq(
             logs,
             pairs,
             out,
-            tokens.first,
-            tokens.last,
-            tokens.tags,
-            tokens.rows,
-            tokens.num_rows,
+            *tokens.seen,
             tokens.before,
             tokens.num_tokens,
             chunk.first,
             chunk.count,
-            *strides(heads.query),
-            *strides(heads.key),
+            *heads.strides,
             *out.stride()[:3],
-            *(each // MAP_ALIGN for each in w.stride()[:2]),
+            *map_strides(w),
             heads.scale * LOG2E,
             heads.scale / heads.num_heads,
             ONE_PASS=single,
-            ALIGN_MAP=MAP_ALIGN,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
             **meta,
             **_grad_dtype(heads.query),
         )
@@ -112,7 +92,7 @@ def dk_planes(heads: Heads, tokens: Tokens, chunk: Chunk, *, log: bool) -> int:
     B, H_kv, N, D = heads.key.shape
     key_tiles = ceil_div(min(chunk.count, N), tile.k) * H_kv * B
     # Under a causal mask half of the first chunk's tiles are seen, from its own keys.
-    wanted = 1 + ceil_div(2 * launch.programs(heads.query), key_tiles)
+    wanted = 1 + ceil_div(2 * specialize.programs(heads.query), key_tiles)
     affordable = max(2, PLANES_BYTES // (4 * B * H_kv * N * D))
     return max(2, min(wanted, affordable, MAX_PLANES, 1 + ceil_div(chunk.count, tile.q)))
 
@@ -159,7 +139,7 @@ def dk(
     # A tile of keys must not be shared by more programs than there are planes.
     min_share = ceil_div(ceil_div(chunk.count, tile.q), planes.shape[0] - 1)
     with on_device(heads.query):
-        attention_dk.dk_kernel[(launch.programs(heads.query),)](
+        attention_dk.dk_kernel[(specialize.programs(heads.query),)](
             heads.query,
             heads.key,
             w,
@@ -177,16 +157,11 @@ def dk(
             tokens.batch_size,
             chunk.first,
             chunk.count,
-            *strides(heads.query),
-            *strides(heads.key),
-            *(each // MAP_ALIGN for each in w.stride()[:2]),
+            *heads.strides,
+            *map_strides(w),
             heads.scale * LOG2E,
             heads.scale / heads.num_heads,
             min_share,
-            ALIGN_MAP=MAP_ALIGN,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
             **meta,
             **_grad_dtype(heads.query),
         )
@@ -201,7 +176,7 @@ def dq_tile_size(query: Tensor, key: Tensor, *, region: bool) -> tuple[int, int]
 def _gradient_meta(
     kernel: str, heads: Heads, tokens: Tokens, *, log: bool
 ) -> tuple[dict[str, Any], Tiles]:
-    region = tokens.vision is not None
+    region = tokens.has_region
     packs = kernel != "dk"
     return meta_of(kernel, heads.query, heads.key, log=log, region=region, packs=packs)
 

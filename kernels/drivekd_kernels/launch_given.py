@@ -5,7 +5,8 @@ import math
 from torch import Tensor
 
 from drivekd_kernels import attention_given, attention_rows
-from drivekd_kernels.launch import MAP_ALIGN, Chunk, Group, Tokens, ceil_div, on_device
+from drivekd_kernels.operands import Chunk, Group, Tokens, ceil_div, map_strides, on_device
+from drivekd_kernels.specialize import row_meta
 from drivekd_kernels.tuned import LARGEST_TILES, ROW_TILES
 
 
@@ -42,12 +43,9 @@ def rectangle(
             num_keys,
             *values.stride(),
             *exponents.stride(),
-            *(each // MAP_ALIGN for each in out.stride()[:2]),
+            *map_strides(out),
             LOG=log,
-            ALIGN_MAP=MAP_ALIGN,
-            BLOCK_Q=ROW_TILES.q,
-            BLOCK_K=ROW_TILES.k,
-            num_warps=ROW_TILES.warps,
+            **row_meta(ROW_TILES),
         )
 
 
@@ -90,12 +88,9 @@ def largest(
             *values.stride(),
             *indices.stride(),
             *rest.stride(),
-            *(each // MAP_ALIGN for each in out.stride()[:2]),
+            *map_strides(out),
             LOG=log,
-            ALIGN_MAP=MAP_ALIGN,
-            BLOCK_Q=LARGEST_TILES.q,
-            BLOCK_K=LARGEST_TILES.k,
-            num_warps=LARGEST_TILES.warps,
+            **row_meta(LARGEST_TILES),
         )
 
 
@@ -112,18 +107,14 @@ def pack(
         values: (B, T, V) float32, contiguous, receives P / 2^exponent where cells are visible.
         exponents: (B, T) int16, contiguous, receives the exponents of rows that see something.
     """
-    stride_t, stride_b, stride_s = (each // MAP_ALIGN for each in targets.stride()[:3])
+    stride_t, stride_b, stride_s = map_strides(targets)
     share = 1 / len(group.maps)
     with on_device(targets):
         attention_rows.pack_kernel[(ceil_div(chunk.count, ROW_TILES.q), tokens.batch_size)](
             targets,
             values,
             exponents,
-            tokens.first,
-            tokens.last,
-            tokens.tags,
-            tokens.rows,
-            tokens.num_rows,
+            *tokens.seen,
             tokens.vision,
             tokens.before,
             tokens.num_tokens,
@@ -137,8 +128,5 @@ def pack(
             share,
             math.log2(share),
             targets.shape[0],
-            ALIGN_MAP=MAP_ALIGN,
-            BLOCK_Q=ROW_TILES.q,
-            BLOCK_K=ROW_TILES.k,
-            num_warps=ROW_TILES.warps,
+            **row_meta(ROW_TILES),
         )

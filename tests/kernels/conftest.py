@@ -88,5 +88,5 @@ def exact_bfloat16(monkeypatch):
 def few_programs(monkeypatch):
     """In the interpreter dk's work is shared by 5 programs, not by the 264 of an H200."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        launch = pytest.importorskip("drivekd_kernels.launch")
-        monkeypatch.setattr(launch, "programs", lambda tensor: 5)
+        specialize = pytest.importorskip("drivekd_kernels.specialize")
+        monkeypatch.setattr(specialize, "programs", lambda tensor: 5)

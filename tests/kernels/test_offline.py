@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels: runs without TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton", reason="needs triton's compiler; it has no package here")
 
-from drivekd_kernels.launch import MAP_KEYS, MAP_ROWS
+from drivekd_kernels.operands import MAP_KEYS, MAP_ROWS
 from drivekd_kernels.tuned import DIMS, LARGEST_TILES, ROW_TILES, TILES, tiles
 from triton.runtime.jit import JITFunction
 

@@ -10,7 +10,7 @@ from drivekd.reference import attention_map as reference
 from tests.helpers.attention import Heads, assert_close, make_case, run, run_twin
 
 triton = pytest.importorskip("triton")
-launch = pytest.importorskip("drivekd_kernels.launch")
+specialize = pytest.importorskip("drivekd_kernels.specialize")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -151,9 +151,9 @@ def test_tiles_and_w_of_bfloat16_models(head_dim, padding, monkeypatch):
         teacher=Heads(2, 1, head_dim), padding=padding,
     ).but(backend="triton")  # fmt: skip
     exact = run(case, 1.7, DEVICE)
-    tiles, w = launch.tiles, backend._Workspace.w
+    tiles, w = specialize.tiles, backend._Workspace.w
     monkeypatch.setattr(
-        launch, "tiles", lambda kernel, arch, dtype, *dims, **variant: tiles(
+        specialize, "tiles", lambda kernel, arch, dtype, *dims, **variant: tiles(
             kernel, arch, "bfloat16", *dims, **variant
         ),
     )  # fmt: skip
@@ -169,7 +169,7 @@ def test_tiles_and_w_of_bfloat16_models(head_dim, padding, monkeypatch):
 @pytest.mark.parametrize("single", [True, False])
 @everything
 def test_dq_in_one_pass_and_in_two(loss, region, single, monkeypatch):
-    monkeypatch.setattr(launch, "one_pass", lambda query: single)
+    monkeypatch.setattr(specialize, "one_pass", lambda query: single)
     case = make_case(
         num_samples=1, num_tokens=70, dtype=torch.float32, student=Heads(2, 1, 16),
         teacher=Heads(1, 1, 16), padding="left", loss=loss, region=region,
@@ -283,7 +283,7 @@ def retile(monkeypatch, **sizes):
     """Other tile sizes for every pass."""
     from dataclasses import replace
 
-    original = launch.tiles
+    original = specialize.tiles
     monkeypatch.setattr(
-        launch, "tiles", lambda *key, **variant: replace(original(*key, **variant), **sizes)
+        specialize, "tiles", lambda *key, **variant: replace(original(*key, **variant), **sizes)
     )

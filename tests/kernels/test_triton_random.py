@@ -10,7 +10,7 @@ import torch
 from tests.helpers.random_attention import draw_call, excess
 
 pytest.importorskip("triton")
-launch = pytest.importorskip("drivekd_kernels.launch")
+specialize = pytest.importorskip("drivekd_kernels.specialize")
 launch_dq_dk = pytest.importorskip("drivekd_kernels.launch_dq_dk")
 chunks = pytest.importorskip("drivekd.ops.triton_backend.chunks")
 
@@ -43,7 +43,7 @@ def test_random_calls_match_the_twin(seed):
 def test_random_calls_in_random_tiles_match_the_twin(seed, monkeypatch):
     """Tiles of keys larger and smaller than tiles of rows, chunks that end within a tile."""
     pick = random.Random(seed)
-    original, known = launch.tiles, {}
+    original, known = specialize.tiles, {}
     widths = sorted(pick.choices((16, 32, 64), k=2))  # of gradients, which lie within those of maps
 
     def tiles(kernel, *key, **variant):
@@ -57,10 +57,10 @@ def test_random_calls_in_random_tiles_match_the_twin(seed, monkeypatch):
         return known[name]
 
     single = pick.random() < 0.5
-    monkeypatch.setattr(launch, "tiles", tiles)
-    monkeypatch.setattr(launch, "one_pass", lambda query: single)
+    monkeypatch.setattr(specialize, "tiles", tiles)
+    monkeypatch.setattr(specialize, "one_pass", lambda query: single)
     programs = pick.choice((1, 3, 20, 80))
-    monkeypatch.setattr(launch, "programs", lambda tensor: programs)
+    monkeypatch.setattr(specialize, "programs", lambda tensor: programs)
     monkeypatch.setattr(launch_dq_dk, "MAX_PLANES", pick.choice((2, 3, 16)))
     monkeypatch.setattr(chunks, "STEP", 16)
     monkeypatch.setattr(chunks, "MIN_ROWS", pick.choice((16, 32, 1024)))

@@ -18,7 +18,7 @@ from tests.helpers.given import change_parts, make_target, run_given, run_given_
 from tests.helpers.random_attention import Call, draw_call, excess
 
 pytest.importorskip("triton")
-launch = pytest.importorskip("drivekd_kernels.launch")
+pytest.importorskip("drivekd_kernels.launch")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

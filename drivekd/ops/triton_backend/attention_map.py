@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 from drivekd_kernels import launch, launch_dq_dk, launch_given
+from drivekd_kernels.operands import LOG2E, MAP_ROWS, Chunk, Group, Heads, Tokens, map_shape
 from torch import Tensor
 
 from drivekd.ops.attention_inputs import (
@@ -39,13 +40,13 @@ def attention_map(layer: AttentionLayer, layout: AttentionLayout, window: int | 
     tokens = kernel_tokens(layout, window, compact=False)
     out = torch.empty((layout.batch_size, N, N), dtype=torch.float32, device=layout.device)
     heads = _heads(layer, tokens)
-    _, keys = launch.map_shape(1, N)
-    at_once = min(_MAP_ROWS, _REACH // (launch.MAP_ROWS * keys) * launch.MAP_ROWS)
+    _, keys = map_shape(1, N)
+    at_once = min(_MAP_ROWS, _REACH // (MAP_ROWS * keys) * MAP_ROWS)
     for first in range(0, N, at_once):
         rows = out[:, first : first + at_once]
         count = rows.shape[1]
-        tile = out.new_zeros((layout.batch_size, *launch.map_shape(count, N)))
-        launch.map_tile(heads, tokens, launch.Chunk(first, count, N), tile, log=False)
+        tile = out.new_zeros((layout.batch_size, *map_shape(count, N)))
+        launch.map_tile(heads, tokens, Chunk(first, count, N), tile, log=False)
         rows.copy_(tile[:, :count, :N])
     return out
 
@@ -74,7 +75,7 @@ def attention_map_loss(
             if inputs.given:
                 _lay_out(inputs.given[step.student], student.tokens, chunk, work, plan)
             teachers.add(step, chunk, work)
-            student.add(number, chunk, work, launch.Group(step.members))
+            student.add(number, chunk, work, Group(step.members))
     return (
         torch.stack([student.sums() for student in students]),
         [student.dq() for student in students],
@@ -107,7 +108,7 @@ def attention_map_targets(inputs: AttentionMapLossInputs, top_k: int | None) -> 
             teachers.add(step, chunk, work)
             window = inputs.windows[step.student]
             makers[step.student].add(
-                work.targets(chunk), launch.Group(step.members), tokens[window], chunk
+                work.targets(chunk), Group(step.members), tokens[window], chunk
             )
     return [each.target() for each in makers]
 
@@ -122,9 +123,7 @@ class _Rectangle:
         self._values = torch.zeros(shape, dtype=torch.float32, device=rows.device)
         self._exponents = torch.zeros(shape[:2], dtype=torch.int16, device=rows.device)
 
-    def add(
-        self, maps: Tensor, group: launch.Group, tokens: launch.Tokens, chunk: launch.Chunk
-    ) -> None:
+    def add(self, maps: Tensor, group: Group, tokens: Tokens, chunk: Chunk) -> None:
         launch_given.pack(maps, group, tokens, chunk, self._values, self._exponents)
 
     def target(self) -> GivenTarget:
@@ -137,9 +136,7 @@ class _Rows:
     def __init__(self, inputs: AttentionMapLossInputs, top_k: int | None) -> None:
         self._largest = LargestCells(inputs, top_k)
 
-    def add(
-        self, maps: Tensor, group: launch.Group, tokens: launch.Tokens, chunk: launch.Chunk
-    ) -> None:
+    def add(self, maps: Tensor, group: Group, tokens: Tokens, chunk: Chunk) -> None:
         cells = maps[:, :, : chunk.count, : chunk.keys]
         mean = cells[group.maps[0]]
         if len(group.maps) > 1:
@@ -158,7 +155,7 @@ class _Teachers:
     """Teacher maps, each made when the first group needs it."""
 
     def __init__(
-        self, inputs: AttentionMapLossInputs, plan: Plan, tokens: dict[int | None, launch.Tokens]
+        self, inputs: AttentionMapLossInputs, plan: Plan, tokens: dict[int | None, Tokens]
     ) -> None:
         self._tokens = tokens
         self._in_logs = plan.in_logs
@@ -167,7 +164,7 @@ class _Teachers:
             for each in plan.maps
         }
 
-    def add(self, step: Step, chunk: launch.Chunk, work: "_Workspace") -> None:
+    def add(self, step: Step, chunk: Chunk, work: "_Workspace") -> None:
         for each, slot in step.new:
             launch.map_tile(
                 self._heads[each.index, each.window],
@@ -179,7 +176,7 @@ class _Teachers:
 
 
 def _lay_out(
-    given: GivenTarget, tokens: launch.Tokens, chunk: launch.Chunk, work: "_Workspace", plan: Plan
+    given: GivenTarget, tokens: Tokens, chunk: Chunk, work: "_Workspace", plan: Plan
 ) -> None:
     """A chunk of a target, as the teacher's map would lie."""
     out, log = work.targets(chunk)[0], plan.in_logs
@@ -203,28 +200,28 @@ class _Workspace:
         self._map: Tensor | None = None
         self._w: dict[torch.dtype, Tensor] = {}
 
-    def targets(self, chunk: launch.Chunk) -> Tensor:
+    def targets(self, chunk: Chunk) -> Tensor:
         """(maps, B, slots, keys) float32."""
         shape = self._shape(chunk)
         return self._targets[:, : math.prod(shape)].view(-1, *shape)
 
-    def map(self, chunk: launch.Chunk) -> Tensor:
+    def map(self, chunk: Chunk) -> Tensor:
         """(B, slots, keys) float32."""
         if self._map is None:
             self._map = self._empty((self._cells,), torch.float32)
         return self._view(self._map, chunk)
 
-    def w(self, chunk: launch.Chunk, like: Tensor) -> Tensor:
+    def w(self, chunk: Chunk, like: Tensor) -> Tensor:
         """(B, slots, keys): bfloat16 for bfloat16 models, else float32."""
         dtype = torch.bfloat16 if like.dtype == torch.bfloat16 else torch.float32
         if dtype not in self._w:
             self._w[dtype] = self._empty((self._cells,), dtype)
         return self._view(self._w[dtype], chunk)
 
-    def _shape(self, chunk: launch.Chunk) -> tuple[int, int, int]:
-        return (self._batch_size, *launch.map_shape(chunk.count, chunk.keys))
+    def _shape(self, chunk: Chunk) -> tuple[int, int, int]:
+        return (self._batch_size, *map_shape(chunk.count, chunk.keys))
 
-    def _view(self, cells: Tensor, chunk: launch.Chunk) -> Tensor:
+    def _view(self, cells: Tensor, chunk: Chunk) -> Tensor:
         shape = self._shape(chunk)
         return cells[: math.prod(shape)].view(shape)
 
@@ -240,8 +237,8 @@ class _Student:
         inputs: AttentionMapLossInputs,
         index: int,
         plan: Plan,
-        heads: launch.Heads,
-        tokens: launch.Tokens,
+        heads: Heads,
+        tokens: Tokens,
         spans: dict[tuple[int | None, int], Tensor],
     ) -> None:
         self.tokens = tokens
@@ -275,7 +272,7 @@ class _Student:
                 (planes, *self._key.shape), dtype=torch.float32, device=self._key.device
             )
 
-    def add(self, number: int, chunk: launch.Chunk, work: _Workspace, group: launch.Group) -> None:
+    def add(self, number: int, chunk: Chunk, work: _Workspace, group: Group) -> None:
         """Loss and gradients of one chunk, whose targets are in the workspace."""
         heads, tokens, sums = self._heads, self.tokens, self._sums[number]
         needed = self._dq is not None or self._planes is not None
@@ -317,7 +314,7 @@ class _Student:
         return torch.sum(self._planes, dim=0, out=total)
 
 
-def _heads(layer: AttentionLayer, tokens: launch.Tokens) -> launch.Heads:
+def _heads(layer: AttentionLayer, tokens: Tokens) -> Heads:
     """A layer ready for the kernels, with its log-sum-exp."""
     for tensor in (layer.query, layer.key):
         if _INTERPRETED and tensor.dtype == torch.bfloat16:
@@ -329,8 +326,8 @@ def _heads(layer: AttentionLayer, tokens: launch.Tokens) -> launch.Heads:
     if layer.lse is None:
         lse2 = launch.lse(query, key, layer.scale, tokens)
     else:
-        lse2 = (layer.lse.to(torch.float32) * launch.LOG2E).contiguous()
-    return launch.Heads(query, key, layer.scale, lse2)
+        lse2 = (layer.lse.to(torch.float32) * LOG2E).contiguous()
+    return Heads(query, key, layer.scale, lse2)
 
 
 def _addressable(tensor: Tensor) -> Tensor:

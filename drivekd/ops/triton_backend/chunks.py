@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from drivekd_kernels import launch, launch_dq_dk
+from drivekd_kernels import launch, launch_dq_dk, specialize
+from drivekd_kernels.operands import Chunk
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -49,7 +50,7 @@ def cut(
     num_maps: int,
     region: bool,
     grows: bool,
-) -> list[launch.Chunk]:
+) -> list[Chunk]:
     """Chunks of all rows.
 
     Args:
@@ -74,10 +75,10 @@ def cut(
         rows, packs = launch_dq_dk.dq_tile_size(*models[0], region=region)
         kernels.append(Kernel(rows, None, B * packs, 3 * H * D))
     step = STEP * -(-N // (STEP * MAX_STEPS))
-    ends = _ends(-(-N // step), step, budget, least, launch.programs(query), (*kernels,), grows)
+    ends = _ends(-(-N // step), step, budget, least, specialize.programs(query), (*kernels,), grows)
     firsts = [0, *(end for end in ends if end < N)]
     return [
-        launch.Chunk(first, end - first, end if grows else N)
+        Chunk(first, end - first, end if grows else N)
         for first, end in zip(firsts, [*firsts[1:], N], strict=True)
     ]
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from drivekd_kernels.launch import MAX_MAPS
+from drivekd_kernels.operands import MAX_MAPS
 
 from drivekd.ops.attention_inputs import AttentionMapLossInputs
 from drivekd.ops.triton_backend.chunks import cut

@@ -4,7 +4,7 @@ import os
 
 import torch
 from drivekd_kernels import launch
-from drivekd_kernels.launch import Tokens
+from drivekd_kernels.operands import Tokens
 from torch import Tensor
 
 from drivekd.ops.attention_inputs import AttentionLayout, visible_span
