@@ -180,13 +180,12 @@ class TokenLayout:
 
         Raises:
             TypeError: `rows` does not hold integers.
-            ValueError: `rows` is empty or not one-dimensional.
+            ValueError: `rows` is empty, not one-dimensional, or (where it lies on the CPU) names a
+                sample that does not exist.
         """
-        index = rows if isinstance(rows, Tensor) else torch.tensor(list(rows), dtype=torch.long)
-        if index.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"rows has dtype {index.dtype}; wanted sample indices (int64)")
-        if index.ndim != 1 or index.numel() == 0:
-            raise ValueError(f"rows has shape {tuple(index.shape)}; wanted (R,) with R >= 1")
+        index = sample_indices(rows, self.batch_size)
+        if index.numel() == 0:
+            raise ValueError("rows is empty; wanted (R,) with R >= 1")
         index = index.to(self.device)
         return self._map(lambda mask: mask.index_select(0, index))
 
@@ -194,6 +193,36 @@ class TokenLayout:
         masks = {each.name: getattr(self, each.name) for each in fields(self)}
         changed = {name: change(mask) for name, mask in masks.items() if mask is not None}
         return replace(self, **changed)
+
+
+def sample_indices(rows: object, batch_size: int) -> Tensor:
+    """`rows` as (R,) indices of samples; those on a GPU are not looked at.
+
+    Raises:
+        TypeError: `rows` is neither a tensor nor a sequence of ints.
+        ValueError: It has another shape, or names a sample that does not exist.
+    """
+    if isinstance(rows, Tensor):
+        if rows.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"rows has dtype {rows.dtype}; wanted sample indices (int64)")
+        if rows.ndim != 1:
+            raise ValueError(f"rows has shape {tuple(rows.shape)}; wanted (R,)")
+        index = rows
+    else:
+        if not isinstance(rows, Sequence) or isinstance(rows, str | bytes):
+            raise TypeError(f"rows is a {type(rows).__name__}; wanted (R,) int64 or a list of int")
+        for i, row in enumerate(rows):
+            if isinstance(row, bool) or not isinstance(row, int):
+                raise TypeError(
+                    f"rows[{i}] is a {type(row).__name__}; wanted the index of a sample"
+                )
+            if not 0 <= row < batch_size:
+                raise ValueError(f"rows[{i}] is {row}; wanted 0 to {batch_size - 1}")
+        index = torch.tensor(rows, dtype=torch.int64)
+    can_look = index.device.type == "cpu" and not torch.compiler.is_compiling()
+    if can_look and bool(((index < 0) | (index >= batch_size)).any()):
+        raise ValueError(f"rows is {index.tolist()}; wanted samples from 0 to {batch_size - 1}")
+    return index
 
 
 def _check_mask(name: str, mask: object, like: Tensor) -> None:
@@ -333,10 +362,12 @@ def _segments_of_lengths(lengths: Tensor, input_ids: Tensor, valid: Tensor | Non
             "row without padding: build the layout with TokenLayout.from_masks"
         )
     ends = lengths.to(input_ids.device).long()
-    if ends.ndim != 1 or int(ends[0]) != 0 or int(ends[-1]) != input_ids.shape[1]:
+    outer = torch.tensor([0, input_ids.shape[1]], device=ends.device)
+    is_list = ends.ndim == 1 and ends.numel() > 1
+    if not (is_list and torch.equal(ends[[0, -1]], outer) and bool((ends.diff() >= 0).all())):
         raise ValueError(
-            f"cu_seq_lens_q is {ends.tolist()}; wanted 0, the end of each sequence, and last the "
-            f"{input_ids.shape[1]} tokens of input_ids"
+            f"cu_seq_lens_q is {lengths.tolist()}; wanted 0, the end of each sequence in order, "
+            f"and last the {input_ids.shape[1]} tokens of input_ids"
         )
     starts = torch.zeros_like(input_ids)
     starts[0, ends[1:-1]] = 1

@@ -14,6 +14,7 @@ from torch import Tensor
 from drivekd.tokens import TokenLayout
 
 MAX_HEAD_DIM = 256
+LARGEST_WINDOW = 2**31 - 1  # tokens; positions are added to it
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -47,7 +48,7 @@ def check_window(name: str, window: object) -> int | None:
             f"{name} is {window}; a query sees itself and the window - 1 tokens before it, so "
             "wanted None or an int >= 1"
         )
-    return window
+    return min(window, LARGEST_WINDOW)
 
 
 def check_scale(name: str, scale: object, head_dim: int) -> float:

@@ -19,6 +19,8 @@ from drivekd.ops.attention_map import work_dtype
 from drivekd.ops.dispatch import BackendName, resolve
 from drivekd.tokens import TokenLayout
 
+_CELLS_AT_ONCE = 2**20  # of a target, while they are checked
+
 
 def attention_map_target_loss(
     q_student: Tensor,
@@ -181,8 +183,17 @@ def _losses(
     seen_by = SeenBy(layout, causal, None, region)
     check_log_sum_exps(student, student, [()] * len(windows), windows, seen_by)
     rectangle = layout if region == "text_to_vision" else None
-    if rectangle is not None:
-        _check_counts(targets, rectangle)
+    for i, target in enumerate(targets):
+        if target.causal != causal:
+            raise ValueError(
+                f"causal is {causal} but targets[{i}] was made with causal={target.causal}"
+            )
+    reads_values = first.device.type == "cpu" or check.debugging()
+    if reads_values and not torch.compiler.is_compiling():
+        if rectangle is not None:
+            _check_counts(targets, rectangle)
+        for i, target in enumerate(targets):
+            _check_cells(f"targets[{i}]", target, layout, causal=causal)
     indices = [each.indices for each in targets if each.indices is not None]
     rest = [each.rest for each in targets if each.rest is not None]
     values = [each.values for each in targets]
@@ -258,9 +269,7 @@ def _checked(
 
 
 def _check_counts(targets: Sequence[AttentionMapTarget], layout: TokenLayout) -> None:
-    """Every text and vision token has its row and column; reads values, so on the CPU only."""
-    if torch.compiler.is_compiling() or not (layout.device.type == "cpu" or check.debugging()):
-        return
+    """Every text and vision token has its row and column; reads values back."""
     masks = (("text", layout.is_text, 1), ("vision", layout.is_vision, 2))
     for kind, mask, axis in masks:
         most = int((mask & layout.valid).sum(dim=-1).max())
@@ -270,3 +279,47 @@ def _check_counts(targets: Sequence[AttentionMapTarget], layout: TokenLayout) ->
                 f"a sample has {most} {kind} tokens but the target has room for {held}; it was "
                 "made from other tokens"
             )
+
+
+def _check_cells(
+    name: str, target: AttentionMapTarget, layout: TokenLayout | None, *, causal: bool
+) -> None:
+    """What is given are probabilities, of keys that a row sees, each once; reads values back.
+
+    What belongs to no token of the batch may be anything.
+    """
+    batch_size, num_rows, width = target.values.shape
+    step = max(1, _CELLS_AT_ONCE // width)
+    for b in range(batch_size):
+        for start in range(0, num_rows, step):
+            rows = slice(start, min(start + step, num_rows))
+            row = torch.arange(rows.start, rows.stop, device=target.values.device)
+            values = target.values[b, rows]
+            if target.indices is None or target.rest is None:
+                assert layout is not None
+                text, vision = (
+                    int((mask[b] & layout.valid[b]).sum())
+                    for mask in (layout.is_text, layout.is_vision)
+                )
+                _check_probabilities(f"{name}.values", values[row < text][:, :vision])
+                continue
+            is_row = row >= 0 if layout is None else layout.valid[b, rows]
+            keys = target.indices[b, rows][is_row]
+            is_given = keys >= 0
+            _check_probabilities(f"{name}.values", values[is_row][is_given])
+            _check_probabilities(f"{name}.rest", target.rest[b, rows][is_row])
+            last = row[is_row, None] if causal else num_rows - 1
+            if bool((keys > last).any()):
+                what = "behind its token" if causal else "that do not exist"
+                raise ValueError(
+                    f"{name}.indices names keys {what} in sample {b}; it was made from other "
+                    f"tokens, or for padding on the other side ({num_rows} tokens here)"
+                )
+            ordered = keys.sort(dim=-1).values
+            if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+                raise ValueError(f"{name}.indices names a key twice in a row of sample {b}")
+
+
+def _check_probabilities(name: str, values: Tensor) -> None:
+    if not bool((values >= 0).all()):
+        raise ValueError(f"{name} holds negative numbers or NaN; wanted probabilities")

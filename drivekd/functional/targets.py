@@ -42,6 +42,7 @@ class AttentionMapTarget:
             are no cell.
         rest: (B, N) floating, the mass of a row's cells that are not given.
         window: A query of the teacher saw keys less than `window` tokens away; None: no bound.
+        causal: Whether it saw no keys behind it.
 
     Raises:
         TypeError: A part is no tensor or has another kind of dtype.
@@ -54,6 +55,7 @@ class AttentionMapTarget:
     indices: Tensor | None = None
     rest: Tensor | None = None
     window: int | None = None
+    causal: bool = True
 
     def __post_init__(self) -> None:
         _check_part("values", self.values, _FLOATS)
@@ -80,7 +82,8 @@ class AttentionMapTarget:
                     f"{name} has shape {tuple(part.shape)} on {part.device}; wanted "
                     f"{tuple(wanted)} on {self.values.device}, as values has"
                 )
-        check.check_window("window", self.window)
+        object.__setattr__(self, "window", check.check_window("window", self.window))
+        check.check_flag("causal", self.causal)
 
     @property
     def region(self) -> Region:
@@ -117,8 +120,10 @@ class AttentionMapTarget:
             ValueError: There is no sample, they are of different kinds or windows, hold several
                 samples, or do not fit into `num_tokens`.
         """
-        if len({(each.region, each.window) for each in samples}) != 1:
-            raise ValueError("samples must be at least one target, all of one region and window")
+        if len({(each.region, each.window, each.causal) for each in samples}) != 1:
+            raise ValueError(
+                "samples must be at least one target, all of one region, window and causal"
+            )
         if any(each.values.shape[0] != 1 for each in samples):
             raise ValueError("samples holds a target of several samples; wanted B = 1 in each")
         first = samples[0]
@@ -148,7 +153,7 @@ class AttentionMapTarget:
                 indices[b, rows, :columns] = torch.where(keys >= 0, keys + start, -1)
             if rest is not None and each.rest is not None:
                 rest[b, rows] = each.rest[0]
-        return cls(values, exponents, indices, rest, first.window)
+        return cls(values, exponents, indices, rest, first.window, first.causal)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "AttentionMapTarget":
         parts: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
@@ -254,6 +259,7 @@ def attention_map_targets(
             each.indices,
             each.rest,
             width,
+            causal,
         )
         for each in made
     ]

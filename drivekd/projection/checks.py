@@ -16,7 +16,8 @@ _ENGINES = {
     "_fsdp_flattened": "FSDP1",
     "_is_flat_param": "FSDP1",
 }
-# The mark of DDP with find_unused_parameters or static_graph is close to the model's outputs.
+# The marks of DDP with find_unused_parameters or static_graph, and of the last layer that is
+# checkpointed, are close to the model's outputs.
 _SEARCHED_NODES = 64
 
 
@@ -112,7 +113,16 @@ def check_losses(losses: object, *, may_be_empty: bool = False) -> dict[str, Ten
                 f"losses[{name!r}] does not require grad; leave out a loss that is absent from "
                 "this step, or check that it was not computed under no_grad or detached"
             )
-        if _expects_ddp_sync(loss):
+        if loss.is_complex():
+            raise TypeError(f"losses[{name!r}] has dtype {loss.dtype}; wanted a real number")
+        marks = _nodes_near(loss)
+        if any("CheckpointFunction" in node.name() for node in marks):
+            raise NotImplementedError(
+                f"losses[{name!r}] comes through reentrant gradient checkpointing, whose layers "
+                "only .backward() reaches: their gradients would be missing; set "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        if any(_expects_ddp_sync(node) for node in marks):
             raise NotImplementedError(
                 f"losses[{name!r}] comes from DistributedDataParallel with find_unused_parameters "
                 "or static_graph, which waits for a reduction of its own; run the forward and this "
@@ -121,19 +131,24 @@ def check_losses(losses: object, *, may_be_empty: bool = False) -> dict[str, Ten
     return dict(losses)
 
 
-def _expects_ddp_sync(loss: Tensor) -> bool:
-    queue = [loss.grad_fn]
-    seen: set[object] = set()
+def _nodes_near(loss: Tensor) -> list[Any]:
+    """The last nodes of a loss's graph, nearest first."""
+    queue: list[Any] = [loss.grad_fn]
+    seen: dict[Any, None] = {}
     while queue and len(seen) < _SEARCHED_NODES:
         node = queue.pop(0)
         if node is None or node in seen:
             continue
-        seen.add(node)
-        if "DDPSink" in node.name():
-            wrapper = getattr(node, "ddp_weakref", lambda: None)()
-            return bool(getattr(wrapper, "require_backward_grad_sync", True))
+        seen[node] = None
         queue.extend(parent for parent, _ in node.next_functions)
-    return False
+    return list(seen)
+
+
+def _expects_ddp_sync(node: Any) -> bool:
+    if "DDPSink" not in node.name():
+        return False
+    wrapper = getattr(node, "ddp_weakref", lambda: None)()
+    return bool(getattr(wrapper, "require_backward_grad_sync", True))
 
 
 def check_weights(weights: object, names: Iterable[str]) -> None:
@@ -146,7 +161,7 @@ def check_weights(weights: object, names: Iterable[str]) -> None:
     for name in names:
         if name not in weights:
             raise ValueError(f"weights has no entry for the loss {name!r}; it has {list(weights)}")
-        weight = weights[name]
+    for name, weight in weights.items():
         label = f"weights[{name!r}]"
         if isinstance(weight, Tensor):
             if weight.numel() != 1 or not weight.is_floating_point():
@@ -156,17 +171,26 @@ def check_weights(weights: object, names: Iterable[str]) -> None:
                 )
         elif not isinstance(weight, int | float) or isinstance(weight, bool):
             raise TypeError(f"{label} must be a number or a tensor, got {type(weight).__name__}")
-        elif not math.isfinite(weight) or weight < 0:
-            raise ValueError(f"{label} is {weight}; wanted a finite number of at least 0")
+        elif not math.isfinite(as_float(weight)) or weight < 0:
+            raise ValueError(f"{label} is {as_float(weight)}; wanted a finite number of at least 0")
 
 
 def check_positive(name: str, value: object) -> float:
     """`value` as a finite float above 0."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name} is {value}; wanted a finite number above 0")
-    return float(value)
+    number = as_float(value)
+    if not math.isfinite(number) or number <= 0:
+        raise ValueError(f"{name} is {number}; wanted a finite number above 0")
+    return number
+
+
+def as_float(value: int | float) -> float:
+    """The number; infinity for an int beyond all floats."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def check_group(group: object) -> None:

@@ -127,6 +127,8 @@ class GradientProjector:
             raise TypeError(f"anchor must be the name of a loss, got {type(anchor).__name__}")
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed is {seed}; wanted an int of 64 bits")
         if max_norm is not None:
             max_norm = check_positive("max_norm", max_norm)
             if every != "step":
@@ -249,9 +251,21 @@ class GradientProjector:
         Raises:
             ValueError: `state` does not come from `state_dict()`.
         """
+        own = self._generator.get_state()
+        if not isinstance(state, Mapping):
+            raise ValueError(f"state is a {type(state).__name__}; wanted what state_dict() gives")
         if set(state) != {"generator"}:
             raise ValueError(f"state has the keys {list(state)}; wanted ['generator']")
-        self._generator.set_state(state["generator"].cpu())
+        given = state["generator"]
+        if not isinstance(given, Tensor) or (given.dtype, given.shape) != (own.dtype, own.shape):
+            kind = type(given).__name__
+            if isinstance(given, Tensor):
+                kind = f"{given.dtype} tensor of shape {tuple(given.shape)}"
+            raise ValueError(
+                f"state['generator'] is a {kind}; wanted the {own.dtype} tensor of shape "
+                f"{tuple(own.shape)} that state_dict() gives"
+            )
+        self._generator.set_state(given.cpu())
 
     def _check_anchor(self, losses: Mapping[str, Tensor], weights: Weights | None) -> None:
         if not losses:

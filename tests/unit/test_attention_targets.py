@@ -1,6 +1,8 @@
 """Losses against given target maps: as against the teacher, and within what was left out."""
 
 import math
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -379,6 +381,62 @@ def test_samples_without_vision_or_text_count_as_against_a_teacher():
         assert nothing == 0 and not torch.autograd.grad(nothing, q)[0].any()
 
 
+SPOILED = {
+    "no such key": (lambda t: {"indices": t.indices + 100}, "indices names keys behind its token"),
+    "a later key": (lambda t: {"indices": torch.full_like(t.indices, 8)}, "behind its token"),
+    "a key twice": (lambda t: {"indices": torch.zeros_like(t.indices)}, "names a key twice"),
+    "below 0": (lambda t: {"values": -t.values}, "values holds negative numbers or NaN"),
+    "no number": (lambda t: {"rest": t.rest * float("nan")}, "rest holds negative numbers or NaN"),
+    "rows of other order": (lambda t: {"causal": False}, "causal is True but targets"),
+}
+
+
+@pytest.mark.parametrize("change, message", SPOILED.values(), ids=SPOILED)
+def test_what_no_teacher_gives_is_refused(change, message):
+    case = make_case(num_tokens=9)
+    (target,) = attention_map_targets(case.teachers, [[0]], top_k=3)
+    spoiled = replace(target, **change(target))
+    with pytest.raises(ValueError, match=message):
+        attention_map_target_loss(*case.student, spoiled)
+
+
+def test_a_rectangle_of_what_are_no_probabilities_is_refused():
+    case = make_case(num_tokens=9)
+    (target,) = attention_map_targets(case.teachers, [[0]], case.tokens, region="text_to_vision")
+    spoiled = replace(target, values=target.values - 1)
+    with pytest.raises(ValueError, match="values holds negative numbers"):
+        attention_map_target_loss(*case.student, spoiled, case.tokens)
+
+
+def test_both_ways_a_key_may_stand_behind_but_must_exist():
+    case = make_case(num_tokens=9)
+    (target,) = attention_map_targets(case.teachers, [[0]], top_k=9, causal=False)
+    assert (target.indices > torch.arange(9)[:, None]).any()
+    own = attention_map_target_loss(*case.student, target, causal=False)
+    ((query, key),) = case.teachers[:1]
+    torch.testing.assert_close(own, attention_map_loss(*case.student, query, key, causal=False))
+    with pytest.raises(ValueError, match="causal is True but targets"):
+        attention_map_target_loss(*case.student, target)
+    beyond = replace(target, indices=target.indices + 1)
+    with pytest.raises(ValueError, match="names keys that do not exist"):
+        attention_map_target_loss(*case.student, beyond, causal=False)
+
+
+@pytest.mark.parametrize("window", [2**31, sys.maxsize, 10**20])
+def test_a_window_wider_than_all_numbers_is_none(window):
+    case = make_case(num_tokens=9)
+    ((query, key),) = case.teachers[:1]
+    for loss, denominator in (("mse", "live"), ("mse", "official"), ("kl", "official")):
+        settings = {"loss": loss, "denominator": denominator}
+        assert torch.equal(
+            attention_map_loss(*case.student, query, key, window=window, **settings),
+            attention_map_loss(*case.student, query, key, **settings),
+        )
+    assert torch.equal(attention_map(query, key, window=window), attention_map(query, key))
+    for target in attention_map_targets([(query, key)], [[0]], window=window):
+        attention_map_target_loss(*case.student, target)
+
+
 def test_native_has_it_not_and_auto_knows(monkeypatch):
     """tests/kernels has what triton refuses."""
     case = make_case(num_tokens=9)
@@ -419,5 +477,5 @@ def test_mistakes_are_named():
         AttentionMapTarget(full.values.long(), full.exponents)
     with pytest.raises(ValueError, match="wanted B = 1"):
         AttentionMapTarget.stack([full], num_tokens=9)
-    with pytest.raises(ValueError, match="all of one region and window"):
+    with pytest.raises(ValueError, match="all of one region"):
         AttentionMapTarget.stack([])

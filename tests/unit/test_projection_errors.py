@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.distributed.tensor import distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from drivekd.projection import GradientProjector
 from tests.helpers.students import NAMES, WEIGHTS, Recorded, grads_of, student
@@ -32,6 +33,8 @@ def test_refuses_parameters(parameters, error, message):
         ({"missing": "skip"}, ValueError, "missing"),
         ({"ce_multiplicity": "twice"}, ValueError, "ce_multiplicity"),
         ({"seed": 1.5}, TypeError, "seed"),
+        ({"seed": 2**70}, ValueError, "seed is 1180.* wanted an int of 64 bits"),
+        ({"max_norm": 10**400, "every": "step"}, ValueError, "max_norm is inf"),
         ({"every": "epoch"}, ValueError, "every"),
         ({"max_norm": 1.0}, ValueError, "clip_grad_norm_"),
         ({"max_norm": 0.0, "every": "step"}, ValueError, "max_norm"),
@@ -53,6 +56,7 @@ BAD_CALLS = {
     "no loss": (lambda x: {}, {}, ValueError, "losses is empty"),
     "a number": (change(ce=lambda x: 1.0), {}, TypeError, r"losses\['ce'\]"),
     "a vector": (change(ce=lambda x: x.expand(2)), {}, ValueError, "wanted a scalar"),
+    "a complex loss": (change(ce=lambda x: x * 1j), {}, TypeError, r"losses\['ce'\] has dtype"),
     "a detached loss": (
         change(perception=lambda x: x.detach()),
         {},
@@ -92,8 +96,21 @@ BAD_CALLS = {
         TypeError,
         r"weights\['ce'\]",
     ),
+    "a weight beyond all floats": (
+        lambda x: x,
+        {"weights": {**WEIGHTS, "ce": 10**400}},
+        ValueError,
+        r"weights\['ce'\] is inf",
+    ),
+    "a weight of no loss that is None": (
+        lambda x: {"ce": x["ce"]},
+        {"weights": {**WEIGHTS, "planning": None}},
+        TypeError,
+        r"weights\['planning'\] must be a number or a tensor, got NoneType",
+    ),
     "a list of weights": (lambda x: x, {"weights": [1.0] * 4}, TypeError, "weights must be"),
     "scale 0": (lambda x: x, {"scale": 0.0}, ValueError, "scale is 0"),
+    "a scale beyond all floats": (lambda x: x, {"scale": 10**400}, ValueError, "scale is inf"),
     "a scale that is a string": (lambda x: x, {"scale": "1"}, TypeError, "scale"),
     "a scaler that is a number": (lambda x: x, {"scaler": 2.0}, TypeError, "scaler"),
 }
@@ -105,6 +122,37 @@ def test_refuses_calls_before_touching_grad(make, options, error, message):
     with pytest.raises(error, match=message):
         GradientProjector(model.parameters()).backward(make(model.losses()), **options)
     assert all(grad is None for grad in grads_of(model))
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_refuses_reentrant_checkpointing(depth):
+    """Its layers would get no gradient: only .backward() reaches them."""
+    inside = [nn.Linear(3, 3) for _ in range(depth)]
+    head = nn.Linear(3, 1)
+    state = torch.ones(2, 3, requires_grad=True)
+    for layer in inside:
+        state = checkpoint(layer, state, use_reentrant=True)
+    loss = head(state).square().mean()
+    projector = GradientProjector(
+        [*head.parameters(), *(p for x in inside for p in x.parameters())]
+    )
+    with pytest.raises(NotImplementedError, match=r"losses\['ce'\].*reentrant.*use_reentrant"):
+        projector.backward({"ce": loss})
+    assert head.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        (None, "state is a NoneType"),
+        ({}, r"state has the keys \[\]"),
+        ({"generator": 1}, r"state\['generator'\] is a int"),
+        ({"generator": torch.zeros(3)}, r"is a torch.float32 tensor of shape \(3,\)"),
+    ],
+)
+def test_refuses_a_state_that_is_none(state, message):
+    with pytest.raises(ValueError, match=message):
+        GradientProjector(student().parameters()).load_state_dict(state)
 
 
 def test_refuses_a_call_when_everything_is_frozen():

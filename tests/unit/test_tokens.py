@@ -94,6 +94,13 @@ def test_select_takes_samples_in_the_order_given():
         ([], ValueError),
         (torch.zeros(1, 1, dtype=torch.int64), ValueError),
         (mask("01")[0], TypeError),
+        ([0.9], TypeError),
+        ([True], TypeError),
+        ("01", TypeError),
+        (None, TypeError),
+        ([2], ValueError),
+        ([-1], ValueError),
+        (torch.tensor([2]), ValueError),
     ],
 )
 def test_select_refuses(rows, error):
@@ -244,6 +251,15 @@ def test_multimodal_positions_with_a_mask_are_ignored():
             CONFIG,
             ValueError,
             "position_ids has shape",
+        ),
+        *(
+            (
+                {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor(ends, dtype=torch.int32)},
+                CONFIG,
+                ValueError,
+                "cu_seq_lens_q is .*; wanted 0, the end of each sequence in order",
+            )
+            for ends in ([], [0], [0, 3], [1, 4], [0, 3, 1, 4], [0, -2, 4], [0, 9, 4])
         ),
     ],
 )
