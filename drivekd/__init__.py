@@ -1,5 +1,8 @@
 """Distil driving vision-language models through attention maps that are never materialised."""
 
+import importlib
+from types import ModuleType
+
 from drivekd import functional
 from drivekd.capture import capture_attention
 from drivekd.errors import (
@@ -23,6 +26,8 @@ from drivekd.tokens import TokenLayout
 
 __version__ = "0.1.0.dev0"
 
+_ON_DEMAND = ("data", "driving", "study", "train")  # they import transformers, matplotlib, ...
+
 __all__ = [
     "AttentionMapLoss",
     "BackendUnavailableError",
@@ -44,3 +49,10 @@ __all__ = [
     "match_layer_groups",
     "pcgrad_weights",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import a subpackage when it is first named, so that `import drivekd` stays light."""
+    if name in _ON_DEMAND:
+        return importlib.import_module(f"drivekd.{name}")
+    raise AttributeError(f"module 'drivekd' has no attribute {name!r}")

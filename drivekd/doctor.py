@@ -115,9 +115,10 @@ def _backend_lines(diagnosis: Diagnosis) -> list[str]:
     """For each op what auto picks, then each reason once with the ops that it holds for."""
     lines: list[str] = []
     reasons: dict[tuple[str, str], list[str]] = {}
+    width = max(map(len, diagnosis.backends), default=0)
     for op, row in diagnosis.backends.items():
         choices = [f"{name}: {row[name]}" for name in row if name.startswith("auto on ")]
-        lines.append(f"{op:22} {', '.join(choices)}")
+        lines.append(f"{op:{width}} {', '.join(choices)}")
         for backend in dispatch.BACKENDS:
             if row[backend] != "available":
                 reasons.setdefault((backend, row[backend].replace(op, "it")), []).append(op)

@@ -28,7 +28,15 @@ ROLES = ("system", "user", "assistant")
 IMAGE_PLACEHOLDER = "<image>"
 
 _TYPE_KEYS = ("question_type", "type", "capability")
-_CAPABILITY_PREFIXES = {"percep": "perception", "reason": "reasoning", "plan": "planning"}
+_SPELLINGS = {
+    "percep": "perception",
+    "perception": "perception",
+    "perceptual": "perception",
+    "reason": "reasoning",
+    "reasoning": "reasoning",
+    "plan": "planning",
+    "planning": "planning",
+}
 
 
 @dataclass(frozen=True)
@@ -90,9 +98,10 @@ class Record:
 def normalize_question_type(name: str) -> str:
     """Map an unambiguous spelling of a public capability to its name; keep any other name.
 
-    Case and surrounding space are ignored for ``percep...``, ``reason...`` and ``plan...``. Short
-    or shared names such as ``"p"`` or ``"decision"`` could mean several things and stay as they
-    are.
+    Known are these names in any case, ``"percep"``, ``"perceptual"``, ``"reason"`` and ``"plan"``,
+    a full stop behind them or not.
+    What could mean several things, such as ``"p"`` or ``"decision"``, or is somebody's own, such as
+    ``"planning_speed"``, stays as it is.
 
     Args:
         name: The name found in a file.
@@ -101,10 +110,7 @@ def normalize_question_type(name: str) -> str:
         ``"perception"``, ``"reasoning"``, ``"planning"``, or ``name`` without surrounding space.
     """
     stripped = name.strip()
-    for prefix, capability in _CAPABILITY_PREFIXES.items():
-        if stripped.lower().startswith(prefix):
-            return capability
-    return stripped
+    return _SPELLINGS.get(stripped.lower().removesuffix("."), stripped)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from transformers.integrations import is_tensorboard_available
@@ -196,7 +198,7 @@ def _save_student(trainer: DistillTrainer, recipe: Recipe) -> Path:
             trainer.save_model(str(staged))
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
-            _copy_image_settings(Path(recipe.student), staged)
+            _keep_image_settings(recipe, staged)
             checkpoints.publish(staged, folder)
         trainer.accelerator.wait_for_everyone()  # a launcher ends all when the first one fails
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -226,6 +228,15 @@ def _training_arguments(recipe: Recipe) -> transformers.TrainingArguments:
     settings.pop("resume_from_checkpoint", None)
     if ranks.share_a_cpu():
         settings.setdefault("use_cpu", True)
+    if (
+        settings.get("bf16")
+        and not settings.get("use_cpu")
+        and not torch.accelerator.is_available()
+    ):
+        raise RecipeError(
+            "training.bf16 is true, which takes a GPU, and there is none here; give "
+            "training.bf16=false, or training.use_cpu=true for bfloat16 on the CPU"
+        )
     with _as_recipe_errors("training"):
         return transformers.TrainingArguments(**settings)
 
@@ -369,8 +380,15 @@ def _report_to() -> str:
     return "tensorboard" if is_tensorboard_available() else "none"
 
 
-def _copy_image_settings(student: Path, folder: Path) -> None:
-    """Keep the image settings beside the student, so that it can be a student again."""
+def _keep_image_settings(recipe: Recipe, folder: Path) -> None:
+    """Keep the image settings beside the student, so that it can be evaluated, or be a student."""
     for name in ("preprocessor_config.json", "processor_config.json"):
-        if (student / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(student / name, folder / name)
+        start = Path(recipe.student) / name
+        if start.is_file() and not (folder / name).exists():
+            shutil.copyfile(start, folder / name)
+    own = {"image_mean": recipe.encoder.image_mean, "image_std": recipe.encoder.image_std}
+    given = {name: value for name, value in own.items() if value is not None}
+    if given:
+        file = folder / "preprocessor_config.json"
+        saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        file.write_text(json.dumps(saved | given, indent=1) + "\n", encoding="utf-8")

@@ -181,6 +181,8 @@ def prepare(
         for change in check_resumed(recipe, facts, Path(found).parent):
             if is_first:
                 _LOG.warning("resuming with a changed recipe: %s", change)
+        if is_first:
+            _LOG.warning("resuming from %s", found)
     elif (older := checkpoints.newest_complete(run)) is not None:
         raise RecipeError(
             f"{older} is of an earlier run; to go on with it give training.resume_from_checkpoint"

@@ -1,6 +1,7 @@
 """The README's loops: few lines change, and they do what they say."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -46,6 +47,41 @@ def test_trainer_with_signals_learns_from_its_teacher(tmp_path):
     rows = [row for row in trained["after"].state.log_history if "loss" in row]
     assert len(rows) == 2 and all(row["perception/loss"] > 0 for row in rows)
     assert not torch.equal(*(trained[w].model.lm_head.weight for w in ("before", "after")))
+
+
+def test_trainer_with_losses_has_one_gradient_at_any_accumulation_and_evaluates(tmp_path):
+    """Cross-entropy is over the labels of the optimizer step, however it is cut."""
+    student = toy_models.internvl(layers=2)
+    found = {}
+    for which, steps in itertools.product(("before", "after"), (1, 4)):
+        names = {
+            "drivekd": drivekd,
+            "transformers": transformers,
+            "losses_of": lambda model, batch: {"ce": model(**batch).loss},
+            "records": toy_data.records(tmp_path, ("any",) * 4),
+            "collate": tensors_of(make_collator(tmp_path, student.config)),
+            "student": copy.deepcopy(student),
+            "arguments": transformers.TrainingArguments(
+                **SETTINGS
+                | {
+                    "output_dir": str(tmp_path),
+                    "max_steps": 1,
+                    "per_device_train_batch_size": 4 // steps,
+                    "gradient_accumulation_steps": steps,
+                    "max_grad_norm": 1e9,
+                    "remove_unused_columns": False,
+                }
+            ),
+        }
+        source = getattr(loops()["trainer"], which)
+        source = source.replace("=records)", "=records, data_collator=collate)")
+        exec(compile(source, f"README.md ({which})", "exec"), names)
+        trainer = names["trainer"]
+        row = next(row for row in trainer.state.log_history if "loss" in row)
+        found[which, steps] = torch.tensor([row["loss"], row["grad_norm"]])
+        assert trainer.evaluate(names["records"])["eval_loss"] > 0
+    for own in found.values():
+        torch.testing.assert_close(own, found["before", 1], rtol=1e-3, atol=0)
 
 
 def tensors_of(collate):

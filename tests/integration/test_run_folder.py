@@ -131,6 +131,7 @@ def test_resuming_may_change_the_rest_and_says_what(recipe, tmp_path, caplog):
     said = [r.getMessage() for r in caplog.records if "changed recipe" in r.getMessage()]
     assert len(said) == 4
     assert any("fold.share is 0.2, was 0.1" in text for text in said)
+    assert f"resuming from {tmp_path / 'run' / 'checkpoint-1'}" in caplog.messages
     assert load_recipe(tmp_path / "run" / "recipe.yaml").distill.signals[1].share == 0.2
     steps = [
         json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()

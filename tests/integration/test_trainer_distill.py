@@ -154,7 +154,16 @@ def test_image_settings_are_asked_for(write, checkpoints):
         distill(write(deep))
     given = ("encoder.image_mean=[0.5, 0.5, 0.5]", "encoder.image_std=[0.25, 0.25, 0.25]")
     plain = ("distill={}", "training.max_steps=1", "training.eval_strategy=no")
-    assert distill(write(deep, *given, *plain)).is_dir()
+    trained = distill(write(deep, *given, *plain))
+    saved = json.loads((trained / "preprocessor_config.json").read_text())
+    assert saved == {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    distill(write(f"student={trained}", *plain, f"training.output_dir={trained.parent}-again"))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there bf16 is no mistake")
+def test_bf16_without_a_gpu_is_refused_in_words_of_the_recipe(write):
+    with pytest.raises(RecipeError, match=r"training\.bf16 is true.*give training\.bf16=false"):
+        distill(write("training.bf16=true", "training.use_cpu=false"))
 
 
 def test_tile_settings_of_a_processor_are_refused(write):

@@ -128,10 +128,12 @@ def test_a_planted_upward_import_is_found(tmp_path, monkeypatch):
     assert list(violations(planted))
 
 
-def test_import_module_is_used_in_dispatch_only():
+def test_import_module_is_used_in_two_places_only():
+    """For backends, and for subpackages that `import drivekd` does not import."""
     for path in (ROOT / "drivekd").rglob("*.py"):
         if "import_module(" in path.read_text():
-            assert path.relative_to(ROOT).as_posix() == "drivekd/ops/dispatch.py", path
+            own = path.relative_to(ROOT / "drivekd").as_posix()
+            assert own in ("ops/dispatch.py", "__init__.py"), path
 
 
 def test_kernels_folder_is_no_package():

@@ -107,6 +107,15 @@ def test_help_imports_nothing_heavy(run_python):
     )
 
 
+def test_subpackages_come_when_they_are_named(run_python):
+    run_python(
+        "import sys, drivekd\n"
+        "assert not {'drivekd.train', 'drivekd.data', 'transformers'} & set(sys.modules)\n"
+        "assert drivekd.train.DistillMixin and drivekd.data.Record and drivekd.study\n"
+        "assert not hasattr(drivekd, 'trian')"
+    )
+
+
 def test_version_is_printed(capsys):
     with pytest.raises(SystemExit) as left:
         main(["--version"])

@@ -109,6 +109,9 @@ def test_one_image_may_be_a_string_and_is_not_taken_letter_by_letter(tmp_path):
         ("behavior", "behavior"),
         ("prediction", "prediction"),
         ("My Capability", "My Capability"),
+        ("planning_speed", "planning_speed"),
+        ("Planner", "Planner"),
+        ("percepton", "percepton"),
     ],
 )
 def test_only_unambiguous_spellings_are_normalised(tmp_path, name, expected):
