@@ -190,10 +190,12 @@ def truncate_teacher(model: nn.Module, layers: LayerSpec | Sequence[LayerSpec]) 
         The same model.
 
     Raises:
-        TypeError: `layers` is of another kind.
+        TypeError: `model` is no module, or `layers` is of another kind.
         ValueError: A layer does not exist, or has been taken out before.
         drivekd.errors.CaptureError: `model` holds no text decoder, or several.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; wanted a torch.nn.Module")
     decoder = find_decoder(model)
     depth = decoder_depth(decoder)
     deepest = _deepest(layers, depth)
