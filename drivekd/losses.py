@@ -21,6 +21,7 @@ from drivekd.functional.attention import (
     check_groups,
     check_settings,
 )
+from drivekd.functional.targets import check_targets
 from drivekd.pairing import match_layer_groups
 from drivekd.tokens import TokenLayout
 
@@ -168,10 +169,17 @@ class AttentionMapLoss(nn.Module):
 
         Raises:
             NotImplementedError: A student layer has another sliding window than its target.
+            TypeError: `targets` is no list of targets.
             ValueError: As `drivekd.functional.layerwise_attention_map_target_loss`, or the targets
-                are of another region.
+                are of another region, or not one for each student layer.
             drivekd.errors.CaptureError: A layer was not captured.
         """
+        check_targets("targets", targets)
+        if len(targets) != len(self.student_layers):
+            raise ValueError(
+                f"targets has {len(targets)} entries but the loss has {len(self.student_layers)} "
+                "student layers"
+            )
         students = [student_capture[layer] for layer in self.student_layers]
         for layer, student, target in zip(self.student_layers, students, targets, strict=True):
             if target.region != self.region:

@@ -60,14 +60,12 @@ def resolve_layers(spec: str | int | Sequence[int], num_layers: int) -> list[int
         >>> resolve_layers("0..-2", 4)
         [0, 1, 2]
     """
+    check_layers("layers", spec)
     if isinstance(spec, str):
         layers = _named_layers(spec, num_layers)
-    elif isinstance(spec, int) and not isinstance(spec, bool):
-        layers = [_resolve_one(spec, num_layers)]
-    elif isinstance(spec, Sequence):
-        layers = [_resolve_one(layer, num_layers) for layer in spec]
     else:
-        raise TypeError(f"layers is a {type(spec).__name__}; wanted {_FORMS}")
+        given = [spec] if isinstance(spec, int) else spec
+        layers = [_resolve_one(layer, num_layers) for layer in given]
     if not layers:
         raise ValueError(f"layers is {spec!r}, which names no layer of {num_layers}")
     if len(set(layers)) < len(layers):
@@ -77,22 +75,42 @@ def resolve_layers(spec: str | int | Sequence[int], num_layers: int) -> list[int
     return layers
 
 
+def check_layers(name: str, spec: object) -> None:
+    """Refuse what names no layer in a model of any depth.
+
+    Args:
+        name: What messages call it.
+        spec: As for `resolve_layers`.
+
+    Raises:
+        TypeError: `spec` is of another kind.
+        ValueError: `spec` is empty, or a string of another form.
+    """
+    if isinstance(spec, str):
+        if spec not in _NAMED and _RANGE.fullmatch(spec) is None:
+            raise ValueError(f"{name} is {spec!r}; wanted {_FORMS}")
+        return
+    what, layers = "is", [spec]
+    if isinstance(spec, Sequence) and not isinstance(spec, bytes):
+        what, layers = "holds", list(spec)
+    if not layers:
+        raise ValueError(f"{name} is {spec!r}, which names no layer; wanted {_FORMS}")
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"{name} {what} a {type(layer).__name__}; wanted {_FORMS}")
+
+
 _FORMS = "'first', 'penultimate', 'last', an int, a list of ints, or a range such as '0..-2'"
 
 
 def _named_layers(spec: str, num_layers: int) -> list[int]:
     if spec in _NAMED:
         return [_resolve_one(_NAMED[spec], num_layers)]
-    match = _RANGE.fullmatch(spec)
-    if match is None:
-        raise ValueError(f"layers is {spec!r}; wanted {_FORMS}")
-    first, last = (_resolve_one(int(each), num_layers) for each in match.groups())
+    first, last = (_resolve_one(int(each), num_layers) for each in spec.split(".."))
     return list(range(first, last + 1))
 
 
-def _resolve_one(layer: object, num_layers: int) -> int:
-    if isinstance(layer, bool) or not isinstance(layer, int):
-        raise TypeError(f"layers holds a {type(layer).__name__}; wanted {_FORMS}")
+def _resolve_one(layer: int, num_layers: int) -> int:
     index = layer + num_layers if layer < 0 else layer
     if not 0 <= index < num_layers:
         raise ValueError(f"layer {layer} does not exist in a model of {num_layers} decoder layers")

@@ -15,6 +15,7 @@ from drivekd.tokens import TokenLayout
 
 MAX_HEAD_DIM = 256
 LARGEST_WINDOW = 2**31 - 1  # tokens; positions are added to it
+MAX_SCALE = torch.finfo(torch.float32).max * math.log(2)  # kernels take it times log2(e)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,6 +38,15 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {_kind(value)}; wanted True or False")
 
 
+def check_count(name: str, value: object, *, at_least: int = 0) -> int:
+    """A plain int from a bound on."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is a {_kind(value)}; wanted an int")
+    if value < at_least:
+        raise ValueError(f"{name} is {value}; wanted an int >= {at_least}")
+    return value
+
+
 def check_window(name: str, window: object) -> int | None:
     """None, or a positive number of tokens."""
     if window is None:
@@ -52,13 +62,16 @@ def check_window(name: str, window: object) -> int | None:
 
 
 def check_scale(name: str, scale: object, head_dim: int) -> float:
-    """None (then 1/sqrt(D)), or a positive finite number."""
+    """None (then 1/sqrt(D)), or a positive number that float32 holds, also times log2(e)."""
     if scale is None:
         return 1 / math.sqrt(head_dim)
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"{name} is a {_kind(scale)}; wanted None or a float")
-    if not math.isfinite(scale) or scale <= 0:
-        raise ValueError(f"{name} is {scale}; wanted a positive finite number")
+    if not 0 < scale <= MAX_SCALE:
+        raise ValueError(
+            f"{name} is {scale}; wanted a positive number of at most {MAX_SCALE:.3g}: times "
+            "log2(e) it is a finite float32"
+        )
     return float(scale)
 
 
@@ -229,12 +242,17 @@ def check_sample_weight(sample_weight: object, query: Tensor) -> Tensor | None:
 
 def check_groups(groups: object, num_student: int, num_teacher: int) -> list[tuple[int, ...]]:
     """The teacher layers of each student layer, by index into the teacher's list."""
-    if not is_sequence(groups):
-        raise TypeError(f"groups is a {_kind(groups)}; wanted one list of int per student layer")
-    if len(groups) != num_student:
+    if is_sequence(groups) and len(groups) != num_student:
         raise ValueError(
             f"groups has {len(groups)} entries but there are {num_student} student layers"
         )
+    return check_target_groups(groups, num_teacher)
+
+
+def check_target_groups(groups: object, num_teacher: int) -> list[tuple[int, ...]]:
+    """The teacher layers of each target, however many there are."""
+    if not is_sequence(groups):
+        raise TypeError(f"groups is a {_kind(groups)}; wanted a list of lists of teacher indices")
     return [_check_group(f"groups[{i}]", group, num_teacher) for i, group in enumerate(groups)]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 OK, FOUND_PROBLEMS, FAILED = 0, 1, 2
 
+MOST_SEED = 2**32 - 1  # numpy's
 _EVERY_SECONDS = 5.0
 AddCommand = Callable[..., Any]  # of a parser: name, function, help=, description=
 
@@ -27,6 +28,14 @@ def natural(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"is {value}; it must be at least 0")
+    return value
+
+
+def seed(text: str) -> int:
+    """A seed of numpy and torch, for argparse."""
+    value = int(text)
+    if not 0 <= value <= MOST_SEED:
+        raise argparse.ArgumentTypeError(f"is {value}; it must be from 0 to {MOST_SEED}")
     return value
 
 

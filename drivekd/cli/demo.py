@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from drivekd.cli.common import OK, AddCommand, positive
+from drivekd.cli.common import OK, AddCommand, positive, seed
 
 
 def add_demo_command(commands: Any, add_command: AddCommand) -> None:
@@ -28,7 +28,7 @@ def add_demo_command(commands: Any, add_command: AddCommand) -> None:
     arms.add_argument("--arms", nargs="+", metavar="ARM", help="these arms; default: ce multi+agp")
     command.add_argument(
         "--seeds",
-        type=int,
+        type=seed,
         nargs="+",
         metavar="SEED",
         help="student seeds; default 0, with --full 0 1 2",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from drivekd.cli.common import OK, AddCommand, Progress, natural
+from drivekd.cli.common import OK, AddCommand, Progress, natural, seed
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -69,7 +69,7 @@ def add_prestudy_command(commands: Any, add_command: AddCommand) -> None:
         "--dtype", choices=_DTYPES, help="of the models; default: the recipe's, or as saved"
     )
     command.add_argument("--tau", type=_temperature, default=1.0, help="of margins; default: 1")
-    command.add_argument("--seed", type=natural, default=0, help="of choices and draws; default: 0")
+    command.add_argument("--seed", type=seed, default=0, help="of choices and draws; default: 0")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 

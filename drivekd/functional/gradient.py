@@ -64,9 +64,22 @@ class GradientGram:
         """The Gram of the gradients w_k g_k: diag(w) G diag(w).
 
         Args:
-            weights: (K,) float64 on the device of `values`.
+            weights: (K,) floating, on the device of `values`; taken to float64.
+
+        Raises:
+            TypeError: `weights` is no floating tensor.
+            ValueError: `weights` has another shape or device.
         """
-        return replace(self, values=self.values * torch.outer(weights, weights))
+        if not isinstance(weights, Tensor) or not weights.is_floating_point():
+            came = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+            raise TypeError(f"weights must be a floating tensor, got {came}")
+        if weights.shape != (self.num_tasks,) or weights.device != self.values.device:
+            raise ValueError(
+                f"weights has shape {tuple(weights.shape)} on {weights.device}; wanted "
+                f"({self.num_tasks},), one per task, on {self.values.device}"
+            )
+        exact = weights.to(torch.float64)
+        return replace(self, values=self.values * torch.outer(exact, exact))
 
 
 @dataclass(frozen=True)

@@ -111,15 +111,22 @@ class AttentionMapTarget:
         """Targets of single samples, each without padding, as one of a padded batch.
 
         Args:
-            samples: Targets of B = 1, of one kind and window.
+            samples: Targets of B = 1, of one kind, window, device and dtype of values, exponents
+                and rest: nothing is promoted, and nothing rounded.
             num_tokens: N of the batch; full maps only, which need it.
-            starts: Where each sample's first token stands in the batch; default 0, padding on the
-                right.
+            starts: Where each sample's first token stands in the batch, from 0 on; default 0,
+                padding on the right. Rectangles count text and vision tokens, wherever they are.
 
         Raises:
-            ValueError: There is no sample, they are of different kinds or windows, hold several
-                samples, or do not fit into `num_tokens`.
+            TypeError: An argument is of the wrong kind.
+            ValueError: There is no sample, they are of different kinds, windows, devices or dtypes,
+                hold several samples, or do not fit into `num_tokens`; `starts` has another length
+                or a negative entry.
         """
+        check_targets("samples", samples)
+        if num_tokens is not None:
+            check.check_count("num_tokens", num_tokens, at_least=1)
+        offsets = [0] * len(samples) if starts is None else _checked_starts(starts, len(samples))
         if len({(each.region, each.window, each.causal) for each in samples}) != 1:
             raise ValueError(
                 "samples must be at least one target, all of one region, window and causal"
@@ -127,12 +134,19 @@ class AttentionMapTarget:
         if any(each.values.shape[0] != 1 for each in samples):
             raise ValueError("samples holds a target of several samples; wanted B = 1 in each")
         first = samples[0]
-        offsets = [0] * len(samples) if starts is None else list(starts)
+        for i, each in enumerate(samples):
+            if _storage(each) != _storage(first):
+                raise ValueError(
+                    f"samples[{i}] has {_storage(each)} but samples[0] has {_storage(first)}; "
+                    "stack targets of one dtype on one device"
+                )
         if first.indices is None:
             offsets = [0] * len(samples)
             height = max(each.values.shape[1] for each in samples)
         else:
-            height = -1 if num_tokens is None else num_tokens
+            if num_tokens is None:
+                raise ValueError("num_tokens is None; full maps need the N of their batch")
+            height = num_tokens
             lengths = [each.values.shape[1] for each in samples]
             end = max(start + length for start, length in zip(offsets, lengths, strict=True))
             if end > height:
@@ -141,7 +155,7 @@ class AttentionMapTarget:
         shape = (len(samples), height, width)
         values = first.values.new_zeros(shape)
         exponents = first.exponents.new_zeros(shape[:2])
-        indices = None if first.indices is None else torch.full(shape, -1, dtype=torch.int32)
+        indices = None if first.indices is None else values.new_full(shape, -1, dtype=torch.int32)
         rest = None if first.rest is None else first.rest.new_zeros(shape[:2])
         for b, (each, start) in enumerate(zip(samples, offsets, strict=True)):
             rows = slice(start, start + each.values.shape[1])
@@ -226,7 +240,7 @@ def attention_map_targets(
     if dtype is not None and dtype not in _FLOATS:
         raise TypeError(f"dtype is {dtype}; wanted a floating dtype")
     teacher = listed_layers("teacher", teacher_layers, scale_teacher, lse_teacher, learns=False)
-    members = check.check_groups(groups, len(groups), len(teacher.queries))
+    members = check.check_target_groups(groups, len(teacher.queries))
     if not members:
         raise ValueError("groups is empty; wanted at least one group of teacher layers")
     first = teacher.queries[0]
@@ -263,6 +277,35 @@ def attention_map_targets(
         )
         for each in made
     ]
+
+
+def check_targets(name: str, targets: object) -> None:
+    """Refuse what is no list of targets."""
+    if not check.is_sequence(targets):
+        raise TypeError(f"{name} is a {type(targets).__name__}; wanted a list of targets")
+    for i, target in enumerate(targets):
+        if not isinstance(target, AttentionMapTarget):
+            raise TypeError(
+                f"{name}[{i}] is a {type(target).__name__}; wanted a "
+                "drivekd.functional.AttentionMapTarget"
+            )
+
+
+def _checked_starts(starts: object, count: int) -> list[int]:
+    if not check.is_sequence(starts):
+        raise TypeError(f"starts is a {type(starts).__name__}; wanted None or a list of int")
+    if len(starts) != count:
+        raise ValueError(f"starts has {len(starts)} entries but there are {count} samples")
+    return [check.check_count(f"starts[{i}]", each) for i, each in enumerate(starts)]
+
+
+def _storage(target: AttentionMapTarget) -> str:
+    """What targets of one batch share, in words."""
+    rest = "" if target.rest is None else f", rest {target.rest.dtype}"
+    return (
+        f"values {target.values.dtype}, exponents {target.exponents.dtype}{rest} on "
+        f"{target.values.device}"
+    )
 
 
 def _check_part(name: str, part: object, dtypes: tuple[torch.dtype, ...]) -> None:

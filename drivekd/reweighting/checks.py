@@ -1,6 +1,7 @@
 """Checks that the reweighting rules share, and host numbers on their way to the device."""
 
 import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,11 @@ def vector(values: Sequence[float], device: torch.device) -> Tensor:
     return on_device(torch.tensor(values, dtype=torch.float64), device)
 
 
+def is_finite(value: float) -> bool:
+    """Whether it is a number that a float holds: not NaN or infinite, nor an int beyond them."""
+    return abs(value) <= sys.float_info.max
+
+
 def check_number(
     name: str,
     value: object,
@@ -27,7 +33,7 @@ def check_number(
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     inside = minimum < value if open_below else minimum <= value
-    if not (math.isfinite(value) and inside and value < below):
+    if not (is_finite(value) and inside and value < below):
         wanted = f"above {minimum}" if open_below else f"at least {minimum}"
         upper = "" if below == math.inf else f" and below {below}"
         bounds = "" if minimum == -math.inf else f", {wanted}{upper}"

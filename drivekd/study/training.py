@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from drivekd.errors import DataError
 from drivekd.study.lines import (
     INK,
     Line,
@@ -26,6 +29,11 @@ from drivekd.study.tables import NOT_MEASURED, Row, Table, to_html
 LOG = "log.jsonl"
 REPORT = "report.html"
 _LAYER = re.compile(r"(.+)/layer_(\d+)")
+# What is drawn; a row may hold anything else beside it.
+_NUMBER = re.compile(
+    r"loss|ce|eval_loss|projected|learning_rate|grad_norm|tokens_per_second|memory_gib|seconds_left"
+    r"|.+/(loss|share|weight|coefficient|cosine_ce|conflict_ce|layer_\d+)|(cosine|conflict)/.+/.+"
+)
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -45,7 +53,7 @@ def write_training_report(run: Path, *, overlays: Drawn | None = None) -> Path:
 
     Raises:
         FileNotFoundError: the folder has no log.
-        ValueError: the log has no row of training.
+        DataError: as `read_log`.
     """
     rows = read_log(run)
     plots = [_losses(rows)]
@@ -67,20 +75,55 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: the folder has no log.
-        ValueError: the log has no row of training.
+        DataError: the log has no row of training, or a line is no row: an object with a number as
+            its `step`, whose values that are drawn are numbers or null.
     """
     file = run / LOG
     if not file.is_file():
         raise FileNotFoundError(f"{run} has no {LOG}; give the training.output_dir of a run")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text: {error}") from error
+    lines = text.split("\n")  # what follows the last line's end is still being written, or nothing
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
             continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{file}, line {number} is not JSON: {error}") from error
+        rows.append(_checked(row, f"{file}, line {number}"))
     if not any("loss" in row for row in rows):
-        raise ValueError(f"{file} has no row of training yet")
+        raise DataError(f"{file} has no row of training yet")
     return rows
+
+
+def _checked(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f'{where} is {_short(row)}, wanted an object such as {{"step": 1}}')
+    if not _is_number(row.get("step")) or not math.isfinite(row["step"]):
+        came = f"step {_short(row['step'])}" if "step" in row else "no step"
+        raise DataError(f"{where} has {came}, wanted a finite number")
+    for key, value in row.items():
+        if value is not None and _NUMBER.fullmatch(key) and not _is_number(value):
+            raise DataError(f"{where} has {key} {_short(value)}, wanted a number or null")
+    return row
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is one that a float holds."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, float)
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _signals(rows: Rows) -> list[str]:
@@ -130,8 +173,8 @@ def _layers(rows: Rows) -> Plot | None:
     with figure_of(len(found), [2.6] * len(found)) as (figure, axes):
         for axis, (name, layers) in zip(axes, found.items(), strict=True):
             last = [row for row in rows if f"{name}/layer_{min(layers)}" in row]
-            first = {layer: last[0][f"{name}/layer_{layer}"] for layer in layers}
-            now = {layer: last[-1][f"{name}/layer_{layer}"] for layer in layers}
+            first = {layer: last[0].get(f"{name}/layer_{layer}") for layer in layers}
+            now = {layer: last[-1].get(f"{name}/layer_{layer}") for layer in layers}
             x = np.array(sorted(layers), dtype=np.float64)
             lines = []
             for number, (label, values) in enumerate(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from drivekd.pairing import check_layers
 from drivekd.reweighting import BalancedWeights, OnlineWeights, StaticWeights
+from drivekd.reweighting.checks import is_finite
 from drivekd.train.liger import Implementation
 
 LayerSpec = int | str | tuple[int, ...]
@@ -52,9 +53,14 @@ def _check_number(
 ) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} is {value!r}, wanted a number")
-    if not math.isfinite(value) or value < at_least or (positive and value == 0):
+    if not is_finite(value) or value < at_least or (positive and value == 0):
         wanted = "a finite number above 0" if positive else f"a finite number from {at_least} on"
         raise ValueError(f"{name} is {value!r}, wanted {wanted}")
+
+
+def _check_mapping(name: str, value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} is {value!r}, wanted a mapping")
 
 
 def _check_name(name: str, value: object) -> None:
@@ -156,7 +162,8 @@ class SignalConfig:
             _check_choice("region", self.region, Region)
         for which in ("student_layers", "teacher_layers"):
             spec = getattr(self, which)
-            if isinstance(spec, list):
+            check_layers(which, spec)
+            if isinstance(spec, Sequence) and not isinstance(spec, str):
                 object.__setattr__(self, which, tuple(spec))
 
 
@@ -193,6 +200,8 @@ class ProjectionConfig:
         _check_choice("every", self.every, ProjectionInterval)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed is {self.seed!r}, wanted an int")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed}, wanted an int of 64 bits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +237,10 @@ class DistillConfig:
     small_share_warning: float = 0.005
 
     def __post_init__(self) -> None:
+        if not isinstance(self.signals, Sequence):
+            raise TypeError(
+                f"signals is a {type(self.signals).__name__}, wanted a list of SignalConfig"
+            )
         object.__setattr__(self, "signals", tuple(self.signals))
         for signal in self.signals:
             if not isinstance(signal, SignalConfig):
@@ -236,6 +249,7 @@ class DistillConfig:
             raise ValueError(f"signals are named {list(self.names)}; every name may occur once")
         _check_choice("weighting", self.weighting, Weighting)
         _check_number("small_share_warning", self.small_share_warning)
+        _check_mapping("weighting_options", self.weighting_options)
         options = list(inspect.signature(_WEIGHTINGS[self.weighting]).parameters)[1:]
         for name in self.weighting_options:
             if name not in options:
@@ -245,7 +259,10 @@ class DistillConfig:
                 )
         if not isinstance(self.projection, ProjectionConfig):
             raise TypeError(f"projection is {self.projection!r}, wanted a ProjectionConfig")
+        if self.mixing is not None:
+            _check_mapping("mixing", self.mixing)
         for question_type, weights in (self.mixing or {}).items():
+            _check_mapping(f"mixing[{question_type!r}]", weights)
             for name, weight in weights.items():
                 if name not in self.names:
                     raise ValueError(

@@ -56,6 +56,15 @@ def load_model(
     return model
 
 
+def check_named(teachers: object) -> None:
+    """Refuse teachers that have no names."""
+    if not isinstance(teachers, Mapping):
+        raise TypeError(
+            f"teachers is a {type(teachers).__name__}, wanted a mapping from names to models or "
+            "checkpoint paths"
+        )
+
+
 def prepare_teachers(
     teachers: Mapping[str, nn.Module | str | Path],
     needs: Mapping[str, Sequence[LayerSpec] | None],
@@ -83,12 +92,13 @@ def prepare_teachers(
         The needed teachers, in eval mode and without gradients.
 
     Raises:
-        TypeError: A teacher is neither a module nor a path.
+        TypeError: `teachers` is no mapping, or a teacher neither a module nor a path.
         ValueError: A needed teacher is missing, shares parameters with the student, or is one model
             that is wanted on two devices.
         RecipeError: A checkpoint lacks a weight or a layer, or is of another kind of model.
         TokenMismatchError: A teacher makes other tokens of an image than the student.
     """
+    check_named(teachers)
     for name in needs:
         if name not in teachers:
             raise ValueError(f"there is no teacher {name!r}; {nearest(name, teachers)}")

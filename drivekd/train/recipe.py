@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from drivekd.errors import RecipeError
+from drivekd.reweighting.checks import is_finite
 from drivekd.train.config import DistillConfig, nearest
 from drivekd.train.recipe_tree import apply_override, kind_of, read_tree
 from drivekd.train.training_values import check_training_value
@@ -274,6 +275,8 @@ def _convert_tuple(value: Any, arguments: tuple[Any, ...], where: str) -> tuple[
 
 def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
     """Numbers, strings, booleans and null; any other class is left to whoever takes the value."""
+    if isinstance(value, int) and not is_finite(value):
+        raise RecipeError(f"{where} is {kind_of(value)}, which no float holds")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint in (int, float, str, bool) or hint is type(None):

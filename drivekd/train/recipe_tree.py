@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from drivekd.errors import RecipeError
 from drivekd.train.config import nearest
 
 BASE = "base"
+_LONG = 256  # bits of an int that no message spells out
 
 
 def read_tree(file: Path) -> dict[str, Any]:
@@ -72,6 +74,10 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     pairs = [(loader.construct_object(k, deep=True), k) for k, _ in node.value]
     seen: set[Any] = set()
     for key, key_node in pairs:
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a key is {kind_of(key)}, wanted a name", key_node.start_mark
+            )
         if key in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key {key!r} is given twice", key_node.start_mark
@@ -94,7 +100,10 @@ _Loader.add_implicit_resolver(
 
 
 def _parse(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, RecursionError) as error:  # a date that is none, thousands of digits
+        raise yaml.YAMLError(f"{error}") from error
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -146,4 +155,6 @@ def kind_of(value: Any) -> str:
     names = {dict: "a mapping", list: "a list", type(None): "null"}
     if type(value) in names:
         return names[type(value)]
+    if isinstance(value, int) and value.bit_length() > _LONG:
+        return f"an int of {value.bit_length()} bits"
     return f"the {'string' if isinstance(value, str) else type(value).__name__} {value!r}"

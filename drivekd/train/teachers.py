@@ -190,10 +190,12 @@ def truncate_teacher(model: nn.Module, layers: LayerSpec | Sequence[LayerSpec]) 
         The same model.
 
     Raises:
-        TypeError: `layers` is of another kind.
+        TypeError: `model` is no module, or `layers` is of another kind.
         ValueError: A layer does not exist, or has been taken out before.
         drivekd.errors.CaptureError: `model` holds no text decoder, or several.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; wanted a torch.nn.Module")
     decoder = find_decoder(model)
     depth = decoder_depth(decoder)
     deepest = _deepest(layers, depth)
@@ -243,10 +245,12 @@ def read_config(
     """The config of a checkpoint that transformers' own classes can load.
 
     Raises:
-        ValueError: The checkpoint is of remote code, or an adapter without its model.
+        ValueError: The checkpoint is of remote code, or an adapter without its model, or its
+            config is no JSON object.
         OSError: There is no such checkpoint.
     """
-    if not Path(path).is_dir() and (Path(path).is_absolute() or str(path).startswith(".")):
+    is_local = Path(path).is_absolute() or str(path).startswith(".") or Path(path).is_file()
+    if is_local and not Path(path).is_dir():
         raise FileNotFoundError(f"{path} is not a folder of a saved model")
     options = {"revision": revision, "local_files_only": local_files_only}
     try:
@@ -255,6 +259,8 @@ def read_config(
         raw = {}
         if not _has_adapter(path, options):
             raise
+    except TypeError as error:  # transformers takes it for an object
+        raise ValueError(f"{path} has a config.json that holds no JSON object") from error
     if "model_type" not in raw and _has_adapter(path, options):
         raise ValueError(
             f"{path} holds an adapter only, not the model that it belongs to; merge it first: "

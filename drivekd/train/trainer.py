@@ -18,7 +18,7 @@ from drivekd.train.config import ANCHOR, DistillConfig
 from drivekd.train.dataset import has_text_alone, question_types_of
 from drivekd.train.guards import TaskLoss, advise_on_memory, check_finite_together
 from drivekd.train.metrics import StepMetrics
-from drivekd.train.models import prepare_teachers
+from drivekd.train.models import check_named, prepare_teachers
 from drivekd.train.recipe import CacheConfig
 from drivekd.train.saving import SurvivingTrainer
 from drivekd.train.scaling import micro_batch_factor
@@ -132,6 +132,7 @@ class DistillTrainer(SurvivingTrainer):
     ) -> None:
         config = self.distill_config
         sharding.refuse_engines(self)
+        check_named(teachers)
         collator: object = self.data_collator
         if not isinstance(collator, Collator):
             raise TypeError(

@@ -7,6 +7,7 @@ import math
 from typing import Any, get_args
 
 from drivekd.errors import RecipeError
+from drivekd.reweighting.checks import is_finite
 from drivekd.train.config import nearest
 
 # From these on, a setting is legal; transformers fails at them late, or trains something else.
@@ -46,7 +47,7 @@ def check_training_value(key: str, value: Any, hint: Any) -> None:
         _check_choice(key, value, hint)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    if not math.isfinite(value):
+    if not is_finite(value):
         raise RecipeError(f"training.{key} is {value}, wanted a finite number")
     if value < _LEAST.get(key, -math.inf):
         raise RecipeError(f"training.{key} is {value}, wanted {_LEAST[key]} or more")

@@ -287,6 +287,9 @@ def test_tables_are_text_or_markdown(place, capsys):
         (["a.yaml", "--rounds", "3"], "--rounds belongs to models, not to a recipe"),
         (["a.yaml", "b"], "b stands beside the recipe a.yaml"),
         (["/nowhere/model"], "/nowhere/model is not a folder of a saved model"),
+        (["{records}"], "records.json is not a folder of a saved model"),
+        (["{list}"], "list has a config.json that holds no JSON object"),
+        (["--random-weights", "{list}/config.json"], "has a config.json that holds no JSON object"),
         (["{small}", "--device", "mars"], "device 'mars' is not there"),
         (["{small}", "--images", "1", "--image-size", "9", "9"], "takes 56 x 56 only"),
         (["--random-weights", "{huge}", "--records", "{records}"], "no model has a tokenizer"),
@@ -294,7 +297,10 @@ def test_tables_are_text_or_markdown(place, capsys):
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(arguments, says, place, capsys):
-    names = {"small": place / "small", "huge": place / "huge", "records": place / "records.json"}
+    names = {each: place / each for each in ("small", "huge", "list")}
+    names["records"] = place / "records.json"
+    names["list"].mkdir(exist_ok=True)
+    (names["list"] / "config.json").write_text("[1, 2]")
     assert main(["profile", *(each.format(**names) for each in arguments)]) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("drivekd")]
     assert line.startswith("drivekd profile: error: ") and says in line

@@ -244,6 +244,12 @@ def test_a_loaded_model_is_truncated_in_place(make):
     assert same_records(run(teacher, inputs, [-5]), expected, [0])
 
 
+@pytest.mark.parametrize("model", [None, "folder", {}])
+def test_what_is_no_model_is_not_truncated(model):
+    with pytest.raises(TypeError, match=rf"model is a {type(model).__name__}; wanted a torch.nn.M"):
+        truncate_teacher(model, [0])
+
+
 def test_an_fsdp_teacher_is_truncated_instead_of_stopped():
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh

@@ -82,6 +82,8 @@ def test_mistakes_are_named(make, models, tmp_path):
     config = DistillConfig(signals=SIGNALS)
     with pytest.raises(ValueError, match="there is no teacher 'b'; valid are: a, c"):
         make(config, teachers={"a": models["a"], "c": models["c"]})
+    with pytest.raises(TypeError, match="teachers is a list, wanted a mapping from names to"):
+        make(config, teachers=[models["a"]])
     with pytest.raises(ValueError, match="shares parameters with the student"):
         make(config, teachers=dict.fromkeys("abc", models["student"]))
     with pytest.raises(TypeError, match=r"teachers\['a'\] is a int"):

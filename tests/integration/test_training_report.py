@@ -88,8 +88,11 @@ def test_conflict_matrix_takes_means_over_rows():
         [{"step": 1, "loss": 2.0}],
         [{"step": 1, "loss": None, "ce": None, "a/loss": None, "eval_loss": 3.0}],
         [{"step": s, "loss": 1.0, "ce": 1.0, "a/loss": 0.0, "a/share": 0.0} for s in (1, 2)],
+        [{"step": 1, "loss": float("nan"), "grad_norm": float("inf")}, {"step": 2, "loss": 1e30}],
+        [{"step": s, "loss": 1.0, "a/loss": 1.0, f"a/layer_{s}": 1.0} for s in (1, 2)],
+        [{"step": 1, "loss": 1.0, "note": "mine", "their/own": [1], "done": True}],
     ],
-    ids=["plain", "nothing finite", "zeros"],
+    ids=["plain", "nothing finite", "zeros", "NaN", "layers come and go", "others' values"],
 )
 def test_any_log_can_be_drawn(tmp_path, rows):
     lines = [json.dumps(row) for row in rows]
@@ -100,6 +103,41 @@ def test_any_log_can_be_drawn(tmp_path, rows):
 def test_folder_without_a_log_is_named(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert f"{tmp_path} has no log.jsonl" in capsys.readouterr().err
-    (tmp_path / "log.jsonl").write_text('{"step": 0, "eval_loss": 1.0}\n')
-    with pytest.raises(ValueError, match="no row of training yet"):
-        read_log(tmp_path)
+
+
+ROW = '{"step": 1, "loss": 2.0}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "log.jsonl has no row of training yet"),
+        ('{"step": 0, "eval_loss": 1.0}\n', "log.jsonl has no row of training yet"),
+        ('{"step": 0}\n', "log.jsonl has no row of training yet"),
+        ('{"step": 0, "lo', "log.jsonl has no row of training yet"),
+        (ROW + "5\n", "log.jsonl, line 2 is 5, wanted an object"),
+        (ROW + '\n{"step": 2, "lo\n' + ROW, "log.jsonl, line 3 is not JSON"),
+        ("[" * 100_000 + "\n", "log.jsonl, line 1 is not JSON"),
+        ("9" * 5000 + "\n", "log.jsonl, line 1 is not JSON"),
+        ('{"loss": 1.0}\n', "log.jsonl, line 1 has no step, wanted a finite number"),
+        ('{"step": null, "loss": 1.0}\n', "line 1 has step null"),
+        ('{"step": true, "loss": 1.0}\n', "line 1 has step true"),
+        ('{"step": 1e999, "loss": 1.0}\n', "line 1 has step Infinity"),
+        ('{"step": 1, "loss": "nan"}\n', 'line 1 has loss "nan", wanted a number or null'),
+        ('{"step": 1, "loss": {}}\n', "line 1 has loss {}, wanted a number or null"),
+        (f'{{"step": 1, "loss": {"9" * 400}}}\n', f"line 1 has loss {'9' * 40}..., wanted"),
+        ('{"step": 1, "loss": 1, "a/layer_0": []}\n', "line 1 has a/layer_0 []"),
+        ('{"step": 1, "loss": 1, "cosine/a/b": "x"}\n', 'line 1 has cosine/a/b "x"'),
+    ],
+)
+def test_a_log_that_cannot_be_drawn_is_named_with_its_line(tmp_path, capsys, text, says):
+    (tmp_path / "log.jsonl").write_text(text)
+    assert main(["report", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"drivekd report: error: {tmp_path / 'log.jsonl'}") and says in line
+
+
+def test_a_log_that_is_no_text_is_named(tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_bytes(b"\xff\xfe")
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'log.jsonl'} is not UTF-8 text" in capsys.readouterr().err

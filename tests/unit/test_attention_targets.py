@@ -479,3 +479,52 @@ def test_mistakes_are_named():
         AttentionMapTarget.stack([full], num_tokens=9)
     with pytest.raises(ValueError, match="all of one region"):
         AttentionMapTarget.stack([])
+    with pytest.raises(TypeError, match="groups is a NoneType; wanted a list of lists"):
+        attention_map_targets(case.teachers, None)
+    with pytest.raises(ValueError, match="groups is empty"):
+        attention_map_targets(case.teachers, [])
+
+
+def _sample(dtype=torch.float32, exponents=torch.int16):
+    (target,) = attention_map_targets(
+        [(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8))], [[0]], top_k=2, dtype=dtype
+    )
+    return replace(target, exponents=target.exponents.to(exponents))
+
+
+@pytest.mark.parametrize(
+    ("samples", "changes", "error", "message"),
+    [
+        (None, {}, TypeError, "samples is a NoneType; wanted a list of targets"),
+        (
+            [1],
+            {},
+            TypeError,
+            r"samples\[0\] is a int; wanted a drivekd.functional.Att",
+        ),
+        (2, {"num_tokens": None}, ValueError, "num_tokens is None; full maps need the N"),
+        (2, {"num_tokens": "8"}, TypeError, "num_tokens is a str; wanted an int"),
+        (2, {"num_tokens": True}, TypeError, "num_tokens is a bool; wanted an int"),
+        (2, {"num_tokens": 0}, ValueError, "num_tokens is 0; wanted an int >= 1"),
+        (2, {"num_tokens": 3}, ValueError, "num_tokens is 3, but a sample ends at 4"),
+        (2, {"starts": [0]}, ValueError, "starts has 1 entries but there are 2 samples"),
+        (2, {"starts": [0, -1]}, ValueError, r"starts\[1\] is -1; wanted an int >= 0"),
+        (2, {"starts": [0, 1.0]}, TypeError, r"starts\[1\] is a float; wanted an int"),
+        (2, {"starts": 0}, TypeError, "starts is a int; wanted None or a list of int"),
+        (2, {"starts": [0, 5]}, ValueError, "num_tokens is 8, but a sample ends at 9"),
+    ],
+)
+def test_what_cannot_be_stacked_is_named(samples, changes, error, message):
+    samples = [_sample()] * samples if isinstance(samples, int) else samples
+    with pytest.raises(error, match=message):
+        AttentionMapTarget.stack(samples, **{"num_tokens": 8, **changes})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"dtype": torch.float16}, {"exponents": torch.int32}],
+    ids=["values", "exponents"],
+)
+def test_targets_of_two_dtypes_are_not_rounded_to_one(other):
+    with pytest.raises(ValueError, match=r"samples\[1\] has .* but samples\[0\] has values "):
+        AttentionMapTarget.stack([_sample(), _sample(**other)], num_tokens=8)

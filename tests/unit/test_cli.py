@@ -195,6 +195,22 @@ def test_an_illegal_command_line_leaves_with_2(arguments, capsys):
     assert "usage: drivekd" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["demo", "--fast", "--seeds"], ["prestudy", "r", "--seed"]])
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("-1", "is -1; it must be from 0 to 4294967295"),
+        (str(2**32), "is 4294967296; it must be from 0 to 4294967295"),
+        ("1.5", "invalid seed value: '1.5'"),
+    ],
+)
+def test_a_seed_that_generators_do_not_take_is_refused_at_once(arguments, value, says, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([*arguments, value])
+    assert left.value.code == 2
+    assert f"argument {arguments[-1]}: {says}" in capsys.readouterr().err
+
+
 OURS = [getattr(errors, name) for name in vars(errors) if name.endswith("Error")]
 
 

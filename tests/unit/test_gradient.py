@@ -406,6 +406,34 @@ def test_refuses_backends(call):
         run("triton")
 
 
+@pytest.mark.parametrize(
+    "weights, error, message",
+    [
+        (None, TypeError, "weights must be a floating tensor, got NoneType"),
+        (2.0, TypeError, "weights must be a floating tensor, got float"),
+        (torch.ones(2, dtype=torch.int64), TypeError, "got torch.int64"),
+        (
+            torch.ones(3),
+            ValueError,
+            r"weights has shape \(3,\) on cpu; wanted \(2,\), one per",
+        ),
+        (torch.ones(2, 2), ValueError, r"weights has shape \(2, 2\)"),
+        (torch.tensor(2.0), ValueError, r"weights has shape \(\)"),
+        (torch.ones(2, device="meta"), ValueError, "on meta; wanted .* on cpu"),
+    ],
+)
+def test_scaling_a_gram_refuses(weights, error, message):
+    gram = GradientGram(((0, 1),), torch.zeros(1, 2, 2, dtype=torch.float64))
+    with pytest.raises(error, match=message):
+        gram.scaled(weights)
+
+
+def test_scaling_a_gram_rounds_nothing():
+    gram = GradientGram(((0, 1),), torch.ones(1, 2, 2, dtype=torch.float64))
+    weights = torch.tensor([1.1, 3.3], dtype=torch.float32)
+    assert torch.equal(gram.scaled(weights).values, gram.scaled(weights.double()).values)
+
+
 def test_gram_checks_its_fields():
     values = torch.zeros(1, 2, 2, dtype=torch.float64)
     with pytest.raises(TypeError, match="float64"):

@@ -210,3 +210,19 @@ def write_headers(config, folder):
     with (folder / "model.safetensors").open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         stream.truncate(8 + len(text) + offset)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("x.json", "x.json is not a folder of a saved model"),
+        (".", "has a config.json that holds no JSON object"),
+    ],
+)
+def test_what_is_no_model_is_said_in_one_line(model, says, tmp_path, capsys, monkeypatch):
+    for name in ("x.json", "config.json"):
+        (tmp_path / name).write_text("[1, 2]")
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", model]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"drivekd doctor: error: {model} ") and says in line

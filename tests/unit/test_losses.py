@@ -87,6 +87,15 @@ def test_kept_targets_of_another_kind_are_refused():
     (full,) = attention_map_targets(pairs, [[0]], TOKENS)
     with pytest.raises(ValueError, match="target of student layer -2 is of region 'full'"):
         planning().with_targets(student, [full], TOKENS)
+    for targets, error, message in (
+        ([], ValueError, "targets has 0 entries but the loss has 1 student layers"),
+        ([full, full], ValueError, "targets has 2 entries but the loss has 1 student layers"),
+        ([None], TypeError, r"targets\[0\] is a NoneType; wanted a drivekd.functional.Attention"),
+        (full, TypeError, "targets is a AttentionMapTarget; wanted a list of targets"),
+        (None, TypeError, "targets is a NoneType; wanted a list of targets"),
+    ):
+        with pytest.raises(error, match=message):
+            planning().with_targets(student, targets, None)
     loss = planning(region="full", student_layers=[1])
     with pytest.raises(NotImplementedError, match="within a window of 5 tokens but its target wi"):
         loss.with_targets(student, [full], TOKENS)

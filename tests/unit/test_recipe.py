@@ -223,6 +223,18 @@ def test_only_true_and_false_are_booleans(write, word):
         ("distill.mixing.soup={tasty: 1}", "signal 'tasty', which does not exist; did you mean"),
         ("encoder.image_size=[1, 2, 3]", "encoder.image_size has 3 entries, wanted 2"),
         ("student.path=x", "student is the string 'small' and has no 'path'"),
+        (
+            f"distill.signals.0.share={'9' * 400}",
+            "read_axis.share is an int of 1329 bits, which",
+        ),
+        (f"distill.mixing.soup.taste=-{'9' * 400}", "soup.taste is an int of 1329 bits"),
+        (f"distill.projection.seed={'9' * 400}", "projection.seed is an int of 1329 bits"),
+        (f"training.learning_rate={'9' * 400}", "training.learning_rate is an int of 1329 bits"),
+        (f"training.max_steps=0x{'F' * 5000}", "training.max_steps is an int of 20000 bits"),
+        ("student={? [1, 2] : 3}", "the value is not YAML: a key is a list, wanted a name"),
+        ("student=2026-13-45", "the value is not YAML: month must be in"),
+        (f"student={'9' * 5000}", "the value is not YAML: Exceeds the limit"),
+        ("student=" + "[" * 10_000, "the value is not YAML: maximum recursion depth"),
         ("student", "is not of the form KEY.KEY=VALUE"),
         ("training.bf16=[", "the value is not YAML"),
     ],
@@ -246,7 +258,13 @@ def test_key_given_twice_is_refused(write):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- a\n", "holds a list"), ("a: [", "cannot be read as YAML"), ("", "holds null")],
+    [
+        ("- a\n", "holds a list"),
+        ("a: [", "cannot be read as YAML"),
+        ("", "holds null"),
+        ("? [1, 2]\n: 3\n", r"a key is a list, wanted a name\n.*line 1"),
+        ("a: 1\n? {b: 1}\n: 3\n", r"a key is a mapping, wanted a name\n.*line 2"),
+    ],
 )
 def test_file_that_is_no_recipe_is_refused(write, text, message):
     with pytest.raises(RecipeError, match=message):
