@@ -255,10 +255,15 @@ def read_config(
     options = {"revision": revision, "local_files_only": local_files_only}
     try:
         raw, _ = transformers.PreTrainedConfig.get_config_dict(path, **options)
-    except OSError:
+    except OSError as error:
         raw = {}
         if not _has_adapter(path, options):
-            raise
+            if Path(path).exists():
+                raise
+            raise OSError(
+                f"{path} is no folder here, and no model of that name can be read from the hub or "
+                f"its cache: {error}"
+            ) from error
     except TypeError as error:  # transformers takes it for an object
         raise ValueError(f"{path} has a config.json that holds no JSON object") from error
     if "model_type" not in raw and _has_adapter(path, options):

@@ -153,6 +153,8 @@ def test_command_says_what_is_wrong(folder, arguments, message, capsys):
 def test_command_without_a_checkpoint(tmp_path, capsys):
     assert main(["doctor", str(tmp_path / "none")]) == 2
     assert "none is not a folder of a saved model" in capsys.readouterr().err
+    assert main(["doctor", "no-such-model"]) == 2
+    assert "no-such-model is no folder here, and no model of that name" in capsys.readouterr().err
     assert main(["doctor", "--layers", "0"]) == 2
     assert "--layers needs a MODEL" in capsys.readouterr().err
 
