@@ -136,11 +136,9 @@ def find(resume: str | bool | None, run: Path) -> str | None:
             )
         check(newest)
     except CheckpointError as error:
-        older = (
-            f"give training.resume_from_checkpoint={found[-2]}"
-            if len(found) > 1
-            else "start afresh"
-        )
+        older = "start afresh"
+        if len(found) > 1:
+            older = f"give resume_from_checkpoint={found[-2]} (in a recipe under training)"
         raise CheckpointError(
             f"{error}. To go on without it, delete or move it, or {older}; to use it as it is, "
             "give its path and delete its manifest, if any"
