@@ -9,12 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 from torch import Tensor, nn
 
 from drivekd.capture import flash
 from drivekd.capture import registry as wrapping
 from drivekd.capture.calls import Gate, close_gate, open_gate
+from drivekd.capture.copies import leave_in, leave_out
 from drivekd.capture.forward import ForwardWatch, LayerTap, open_watches
 from drivekd.capture.model import (
     attention_module,
@@ -113,6 +115,7 @@ class AttentionCapture(CapturedAttention):
             if tap is None:
                 above = [part for _, part in path_to(self._decoder, module)[:0:-1]]
                 tap = module.__dict__[wrapping.TAP_ATTRIBUTE] = LayerTap(module, layer, above)
+                leave_out(module, _without_tap)
             tap.watches.append(self._watch)
             self._taps.append(tap)
         open_watches.append(self._watch)
@@ -124,6 +127,7 @@ class AttentionCapture(CapturedAttention):
             tap.watches.remove(self._watch)
             if not tap.watches:
                 del tap.attention.__dict__[wrapping.TAP_ATTRIBUTE]
+                leave_in(tap.attention)
         for gate in self._gates:
             close_gate(gate, self._watch)
         for entry in self._entries:
@@ -131,6 +135,10 @@ class AttentionCapture(CapturedAttention):
         for wrapped in self._flash:
             flash.release(wrapped)
         self._taps, self._gates, self._entries, self._flash = [], [], [], []
+
+
+def _without_tap(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name != wrapping.TAP_ATTRIBUTE}
 
 
 def _attention_registry() -> wrapping.Registry:
@@ -155,7 +163,8 @@ def capture_attention(
     flex_attention, flash) is wrapped in place for as long as the `with` lasts; config, masks and
     the vision tower stay as they are. Leaving the `with` leaves no trace. Captures of several
     models, or several of one, may be open at once and close in any order. A capture follows the
-    forwards of the thread that opened it.
+    forwards of the thread that opened it. Copies of the model that are made inside the `with`
+    (`copy.deepcopy`, `torch.save`, `AveragedModel`) are ordinary models that nothing captures.
 
     A new forward replaces the records of the one before. Gradient checkpointing with
     `use_reentrant=False` works: recomputation does not replace a record.
