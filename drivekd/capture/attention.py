@@ -198,14 +198,21 @@ def capture_attention(
             checkpointing, packed `position_ids` that transformers would ignore, a decoder that runs
             twice.
         NotImplementedError: maps that causal order, window, padding and segments do not describe:
-            soft caps, attention sinks, position biases, attention in both directions, chunked or
-            linear attention, cross-attention, a cache that holds tokens; also tensor parallelism,
-            DataParallel, DeepSpeed, and `stop_after_last` under FSDP.
+            soft caps, attention sinks, position biases, masks that differ between heads, attention
+            in both directions, holes in a mask, chunked or linear attention, cross-attention, a
+            cache that holds tokens; also tensor parallelism, DataParallel, DeepSpeed, and
+            `stop_after_last` under FSDP.
 
     Note:
-        Masks that reach the attention function are checked for entries above the diagonal, and for
-        keeping packed sequences apart where `position_ids` or `cu_seq_lens_q` are passed: each
-        reads one value back from the device. Neither happens without padding mask and positions.
+        A 4D or block mask that reaches the attention function is looked at whole, once a forward:
+        O(B N^2), one value read back from the device. Its entries are True or 0 for tokens that
+        are seen and False or at most about -1e4 for hidden ones (less than -9000, since bfloat16
+        rounds), and must follow from causal order, padding, sequences and the layer's window.
+        Tokens that do not see themselves count as padding, and nobody may see them. Whether these
+        are the padding and sequences of the `TokenLayout` that a loss is given is not compared, nor
+        is what flex attention's `score_mod` adds. That packed sequences stay apart where
+        `position_ids` or `cu_seq_lens_q` are passed is checked by one more value. Neither happens
+        without padding mask and positions.
 
     Example:
         >>> with torch.no_grad(), capture_attention(teacher, [0], stop_after_last=True) as captured:
