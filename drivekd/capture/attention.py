@@ -68,6 +68,12 @@ class AttentionCapture(CapturedAttention):
         position_ids: Tensor | None = self._watch.position_ids
         return position_ids
 
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """The (B, N) attention_mask of the captured forward, 0 at padding; None if it had none."""
+        mask = self._watch.arguments.get("attention_mask")
+        return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
     def __enter__(self) -> AttentionCapture:
         with _lock:
             if self._gates:
@@ -186,8 +192,8 @@ def capture_attention(
 
     Returns:
         A context manager; its value holds `captured[layer]` (`CapturedLayer`), `.layers`,
-        `.num_layers`, `.input_ids`, `.position_ids` and `.select(rows)`, and stays readable after
-        the `with`.
+        `.num_layers`, `.input_ids`, `.position_ids`, `.attention_mask` and `.select(rows)`, and
+        stays readable after the `with`.
 
     Raises:
         TypeError: `model` is no module, `layers` no sequence of ints.

@@ -52,12 +52,14 @@ class CapturedAttention:
         records: dict[int, CapturedLayer],
         input_ids: Tensor | None,
         position_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
     ) -> None:
         self.num_layers = num_layers
         self.layers = layers
         self._records = records
         self._input_ids = input_ids
         self._position_ids = position_ids
+        self._attention_mask = attention_mask
 
     @property
     def input_ids(self) -> Tensor | None:
@@ -68,6 +70,11 @@ class CapturedAttention:
     def position_ids(self) -> Tensor | None:
         """The decoder's position_ids, (B, N) or (axes, B, N); None if it counts on its own."""
         return self._position_ids
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """The (B, N) attention_mask of the captured forward, 0 at padding; None if it had none."""
+        return self._attention_mask
 
     def __getitem__(self, layer: int) -> CapturedLayer:
         """The record of `layer`; negative indices count from the last decoder layer.
@@ -120,8 +127,9 @@ class CapturedAttention:
             )
             for layer, record in self._records.items()
         }
-        input_ids = None if self.input_ids is None else pick(self.input_ids)
+        given = (self.input_ids, self.attention_mask)
+        input_ids, mask = (None if each is None else pick(each) for each in given)
         positions = self.position_ids
         if positions is not None and positions.shape[-2] != 1:  # one row may stand for all samples
             positions = positions.index_select(-2, index.to(positions.device, non_blocking=True))
-        return CapturedAttention(self.num_layers, self.layers, records, input_ids, positions)
+        return CapturedAttention(self.num_layers, self.layers, records, input_ids, positions, mask)

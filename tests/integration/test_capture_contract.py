@@ -122,6 +122,8 @@ def test_select_takes_samples_and_lets_gradients_flow():
     assert part.layers == captured.layers
     assert part.num_layers == 4
     assert torch.equal(part.input_ids, inputs["input_ids"][rows])
+    assert captured.attention_mask is inputs["attention_mask"]
+    assert torch.equal(part.attention_mask, inputs["attention_mask"][rows])
     for layer in (0, -2):
         assert torch.equal(part[layer].query, captured[layer].query[rows])
         assert torch.equal(part[layer].key, captured[layer].key[rows])
