@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -329,12 +329,14 @@ def _check_padding(
     *models: tuple[str, CaptureRecords, LayerRecord], tokens: TokenLayout | None
 ) -> None:
     """Complain where the loss would count padding, or where two models saw another padding."""
-    masks = []
+    masks, unknown = [], False
     for name, capture, layer in models:
-        mask: Tensor | None = getattr(capture, "attention_mask", None)
         count = (layer.query.shape[0], layer.query.shape[2])
-        if mask is not None and mask.shape == count:
+        mask: Any = getattr(capture, "attention_mask", "unknown")  # to captures of other makers
+        if isinstance(mask, Tensor) and mask.shape == count:
             masks.append((name, mask))
+        elif mask is not None:
+            unknown = True
     layout = [] if tokens is None else [tokens.valid]
     if not masks or not _may_read(*(mask for _, mask in masks), *layout):
         return
@@ -352,7 +354,7 @@ def _check_padding(
                 f"position {position} is padding; give TokenLayout.from_batch(batch, config), or a "
                 "layout with the batch's valid tokens"
             )
-    if len(models) == 1:
+    if len(models) == 1 or unknown:
         return
     own = real[0][1]
     other = real[1][1] if len(real) == 2 else torch.ones_like(own)  # without a mask all are seen

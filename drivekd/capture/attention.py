@@ -69,10 +69,9 @@ class AttentionCapture(CapturedAttention):
         return position_ids
 
     @property
-    def attention_mask(self) -> Tensor | None:
-        """The (B, N) attention_mask of the captured forward, 0 at padding; None if it had none."""
-        mask = self._watch.arguments.get("attention_mask")
-        return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    def attention_mask(self) -> Any:
+        """As the model was given it: (B, N), 0 at padding, or of another form; None without one."""
+        return self._watch.arguments.get("attention_mask")
 
     def __enter__(self) -> AttentionCapture:
         with _lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class CapturedAttention:
         records: dict[int, CapturedLayer],
         input_ids: Tensor | None,
         position_ids: Tensor | None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
     ) -> None:
         self.num_layers = num_layers
         self.layers = layers
@@ -72,8 +73,8 @@ class CapturedAttention:
         return self._position_ids
 
     @property
-    def attention_mask(self) -> Tensor | None:
-        """The (B, N) attention_mask of the captured forward, 0 at padding; None if it had none."""
+    def attention_mask(self) -> Any:
+        """As the model was given it: (B, N), 0 at padding, or of another form; None without one."""
         return self._attention_mask
 
     def __getitem__(self, layer: int) -> CapturedLayer:
@@ -127,8 +128,11 @@ class CapturedAttention:
             )
             for layer, record in self._records.items()
         }
-        given = (self.input_ids, self.attention_mask)
-        input_ids, mask = (None if each is None else pick(each) for each in given)
+        input_ids = None if self.input_ids is None else pick(self.input_ids)
+        mask = self.attention_mask
+        # One 4D mask may stand for all samples.
+        if isinstance(mask, Tensor) and (mask.ndim == 2 or mask.shape[0] != 1):
+            mask = pick(mask)
         positions = self.position_ids
         if positions is not None and positions.shape[-2] != 1:  # one row may stand for all samples
             positions = positions.index_select(-2, index.to(positions.device, non_blocking=True))

@@ -127,6 +127,25 @@ def test_padding_behind_the_last_token_need_not_be_masked_for_both():
     torch.testing.assert_close(FULL(s, unmasked, layout(inputs)), FULL(s, t, layout(inputs)))
 
 
+def test_padding_that_one_capture_does_not_tell_is_not_compared():
+    """A 4D mask, and a capture of another maker."""
+    inputs = image_inputs(padding="left")
+    valid = inputs["attention_mask"].bool()
+    whole = torch.ones(24, 24, dtype=torch.bool).tril() & valid[:, None, None]
+    _, s, t = captured_pair({**inputs, "attention_mask": whole}, inputs)
+    assert s.attention_mask is whole
+    assert FULL(s, t, layout(inputs)) > 0
+    assert FULL(s.select([1]), t.select([1]), layout(inputs).select([1])) > 0
+
+    class Other:
+        input_ids = None
+
+        def __getitem__(self, layer):
+            return s[layer]
+
+    assert FULL(Other(), t, layout(inputs)) > 0
+
+
 def test_padding_on_an_accelerator_is_compared_when_debugging_only(monkeypatch):
     """As ids are: nothing is read back in the hot path."""
     inputs = image_inputs(padding="left")
