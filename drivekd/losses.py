@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -121,10 +121,13 @@ class AttentionMapLoss(nn.Module):
 
         Raises:
             TokenMismatchError: The two models saw different tokens. Shapes are always compared;
-                `input_ids` and `position_ids`, where both captures know them, by value on the CPU,
-                and on other devices (where that synchronises) under `DRIVEKD_DEBUG=1`.
+                `input_ids` and `position_ids`, where both captures know them, and the padding of
+                their (B, N) `attention_mask`, by value on the CPU, and on other devices (where that
+                synchronises) under `DRIVEKD_DEBUG=1`.
             NotImplementedError: A student layer and its teacher have different sliding windows.
-            ValueError: As `drivekd.functional.layerwise_attention_map_loss`.
+            ValueError: As `drivekd.functional.layerwise_attention_map_loss`, or `tokens` is None or
+                counts tokens as valid although a model's `attention_mask` says that they are
+                padding; compared where `input_ids` are.
             drivekd.errors.CaptureError: A layer was not captured.
         """
         device = student_capture[self.student_layers[0]].query.device
@@ -163,15 +166,16 @@ class AttentionMapLoss(nn.Module):
             student_capture: Captured forward of the student.
             targets: One for each student layer, made by `drivekd.functional.attention_map_targets`
                 of this loss's groups.
-            tokens: What each token is.
+            tokens: What each token is; None only for the full region without padding.
             sample_weight: (B,) floating, one weight a sample.
             reduction: `"mean"` over student layers, or `"none"`.
 
         Raises:
             NotImplementedError: A student layer has another sliding window than its target.
             TypeError: `targets` is no list of targets.
-            ValueError: As `drivekd.functional.layerwise_attention_map_target_loss`, or the targets
-                are of another region, or not one for each student layer.
+            ValueError: As `drivekd.functional.layerwise_attention_map_target_loss`, the targets are
+                of another region, or not one for each student layer, or `tokens` is None or counts
+                tokens as valid that are padding.
             drivekd.errors.CaptureError: A layer was not captured.
         """
         check_targets("targets", targets)
@@ -193,6 +197,7 @@ class AttentionMapLoss(nn.Module):
                     f"student layer {layer} attends within a window of {own} tokens but its target "
                     f"within {other}; pair layers with the same window"
                 )
+        _check_padding(("student", student_capture, students[0]), tokens=tokens)
         return layerwise_attention_map_target_loss(
             [(each.query, each.key) for each in students],
             targets,
@@ -279,6 +284,9 @@ def _check_same_tokens(
     # Captures of other makers need not have them.
     own, other = (getattr(each, "position_ids", None) for each in (student, teacher))
     _compare("position_ids", own, other, tokens)
+    _check_padding(
+        ("student", student, student_layer), ("teacher", teacher, teacher_layer), tokens=tokens
+    )
 
 
 def _compare(
@@ -296,8 +304,7 @@ def _compare(
             f"{name} of the student have shape {tuple(own.shape)}, those of the teacher "
             f"{tuple(other.shape)}; give both models the same batch"
         )
-    on_cpu = own.device.type == "cpu" and other.device.type == "cpu"
-    if torch.compiler.is_compiling() or not (on_cpu or os.environ.get("DRIVEKD_DEBUG") == "1"):
+    if not _may_read(own, other):
         return
     differ = own != other.to(own.device)
     if tokens is not None and tokens.valid.shape[-1] == differ.shape[-1]:
@@ -316,6 +323,59 @@ def _compare(
         raise TokenMismatchError(
             f"student and teacher saw different {what}: sample {sample}, position {position} is "
             f"{values[0]} for the student and {values[1]} for the teacher; {remedy}",
+            sample,
+        )
+
+
+def _may_read(*tensors: Tensor) -> bool:
+    """Whether values may be looked at: on other devices than the CPU that would synchronise."""
+    on_cpu = all(each.device.type == "cpu" for each in tensors)
+    debugging = os.environ.get("DRIVEKD_DEBUG") == "1"
+    return not torch.compiler.is_compiling() and (on_cpu or debugging)
+
+
+def _check_padding(
+    *models: tuple[str, CaptureRecords, LayerRecord], tokens: TokenLayout | None
+) -> None:
+    """Complain where the loss would count padding, or where two models saw another padding."""
+    masks, unknown = [], False
+    for name, capture, layer in models:
+        count = (layer.query.shape[0], layer.query.shape[2])
+        mask: Any = getattr(capture, "attention_mask", "unknown")  # to captures of other makers
+        if isinstance(mask, Tensor) and mask.shape == count:
+            masks.append((name, mask))
+        elif mask is not None:
+            unknown = True
+    layout = [] if tokens is None else [tokens.valid]
+    if not masks or not _may_read(*(mask for _, mask in masks), *layout):
+        return
+    device = masks[0][1].device
+    real = [(name, mask.to(device) != 0) for name, mask in masks]
+    valid = torch.ones_like(real[0][1]) if tokens is None else tokens.valid.to(device)
+    if valid.shape != real[0][1].shape:
+        return  # the loss complains
+    for name, each in real:
+        if bool((valid & ~each).any()):
+            sample, position = (int(index) for index in (valid & ~each).nonzero()[0])
+            said = "is None" if tokens is None else "counts it as valid"
+            raise ValueError(
+                f"tokens {said}, but the {name}'s attention_mask says that sample {sample}, "
+                f"position {position} is padding; give TokenLayout.from_batch(batch, config), or a "
+                "layout with the batch's valid tokens"
+            )
+    if len(models) == 1 or unknown:
+        return
+    own = real[0][1]
+    other = real[1][1] if len(real) == 2 else torch.ones_like(own)  # without a mask all are seen
+    # Behind the last valid token causal attention makes no difference.
+    counts = valid.flip(-1).cumsum(-1).flip(-1) > 0
+    differ = (own != other) & counts
+    if bool(differ.any()):
+        sample, position = (int(index) for index in differ.nonzero()[0])
+        raise TokenMismatchError(
+            "student and teacher were given different padding in attention_mask: sample "
+            f"{sample}, position {position} is padding for one and not for the other; give both "
+            "models the same batch, and tokens of that batch",
             sample,
         )
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 from torch import Tensor, nn
 
 from drivekd.capture import flash
 from drivekd.capture import registry as wrapping
 from drivekd.capture.calls import Gate, close_gate, open_gate
+from drivekd.capture.copies import leave_in, leave_out
 from drivekd.capture.forward import ForwardWatch, LayerTap, open_watches
 from drivekd.capture.model import (
     attention_module,
@@ -66,6 +68,11 @@ class AttentionCapture(CapturedAttention):
         position_ids: Tensor | None = self._watch.position_ids
         return position_ids
 
+    @property
+    def attention_mask(self) -> Any:
+        """As the model was given it: (B, N), 0 at padding, or of another form; None without one."""
+        return self._watch.arguments.get("attention_mask")
+
     def __enter__(self) -> AttentionCapture:
         with _lock:
             if self._gates:
@@ -113,6 +120,7 @@ class AttentionCapture(CapturedAttention):
             if tap is None:
                 above = [part for _, part in path_to(self._decoder, module)[:0:-1]]
                 tap = module.__dict__[wrapping.TAP_ATTRIBUTE] = LayerTap(module, layer, above)
+                leave_out(module, _without_tap)
             tap.watches.append(self._watch)
             self._taps.append(tap)
         open_watches.append(self._watch)
@@ -124,6 +132,7 @@ class AttentionCapture(CapturedAttention):
             tap.watches.remove(self._watch)
             if not tap.watches:
                 del tap.attention.__dict__[wrapping.TAP_ATTRIBUTE]
+                leave_in(tap.attention)
         for gate in self._gates:
             close_gate(gate, self._watch)
         for entry in self._entries:
@@ -131,6 +140,10 @@ class AttentionCapture(CapturedAttention):
         for wrapped in self._flash:
             flash.release(wrapped)
         self._taps, self._gates, self._entries, self._flash = [], [], [], []
+
+
+def _without_tap(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name != wrapping.TAP_ATTRIBUTE}
 
 
 def _attention_registry() -> wrapping.Registry:
@@ -155,7 +168,8 @@ def capture_attention(
     flex_attention, flash) is wrapped in place for as long as the `with` lasts; config, masks and
     the vision tower stay as they are. Leaving the `with` leaves no trace. Captures of several
     models, or several of one, may be open at once and close in any order. A capture follows the
-    forwards of the thread that opened it.
+    forwards of the thread that opened it. Copies of the model that are made inside the `with`
+    (`copy.deepcopy`, `torch.save`, `AveragedModel`) are ordinary models that nothing captures.
 
     A new forward replaces the records of the one before. Gradient checkpointing with
     `use_reentrant=False` works: recomputation does not replace a record.
@@ -177,8 +191,8 @@ def capture_attention(
 
     Returns:
         A context manager; its value holds `captured[layer]` (`CapturedLayer`), `.layers`,
-        `.num_layers`, `.input_ids`, `.position_ids` and `.select(rows)`, and stays readable after
-        the `with`.
+        `.num_layers`, `.input_ids`, `.position_ids`, `.attention_mask` and `.select(rows)`, and
+        stays readable after the `with`.
 
     Raises:
         TypeError: `model` is no module, `layers` no sequence of ints.
@@ -189,14 +203,21 @@ def capture_attention(
             checkpointing, packed `position_ids` that transformers would ignore, a decoder that runs
             twice.
         NotImplementedError: maps that causal order, window, padding and segments do not describe:
-            soft caps, attention sinks, position biases, attention in both directions, chunked or
-            linear attention, cross-attention, a cache that holds tokens; also tensor parallelism,
-            DataParallel, DeepSpeed, and `stop_after_last` under FSDP.
+            soft caps, attention sinks, position biases, masks that differ between heads, attention
+            in both directions, holes in a mask, chunked or linear attention, cross-attention, a
+            cache that holds tokens; also tensor parallelism, DataParallel, DeepSpeed, and
+            `stop_after_last` under FSDP.
 
     Note:
-        Masks that reach the attention function are checked for entries above the diagonal, and for
-        keeping packed sequences apart where `position_ids` or `cu_seq_lens_q` are passed: each
-        reads one value back from the device. Neither happens without padding mask and positions.
+        A 4D or block mask that reaches the attention function is looked at whole, once a forward:
+        O(B N^2), one value read back from the device. Its entries are True or 0 for tokens that
+        are seen and False or at most about -1e4 for hidden ones (less than -9000, since bfloat16
+        rounds), and must follow from causal order, padding, sequences and the layer's window.
+        Tokens that do not see themselves count as padding, and nobody may see them. Whether these
+        are the padding and sequences of the `TokenLayout` that a loss is given is not compared, nor
+        is what flex attention's `score_mod` adds. That packed sequences stay apart where
+        `position_ids` or `cu_seq_lens_q` are passed is checked by one more value. Neither happens
+        without padding mask and positions.
 
     Example:
         >>> with torch.no_grad(), capture_attention(teacher, [0], stop_after_last=True) as captured:

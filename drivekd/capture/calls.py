@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from drivekd.capture.copies import leave_in, leave_out
+
 
 class StopForward(BaseException):
     """Ends a forward whose wanted layers are all known; never leaves the outermost gate.
@@ -92,6 +94,13 @@ class Gate:
         )
         self.forward = functools.wraps(self._inner)(keep_out(self._call))
 
+    def strip(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of the module without this gate, also where a hook has put it elsewhere."""
+        plain = {n: self._inner if v is self.forward else v for n, v in state.items()}
+        if self.previous is None and state.get("forward") is self.forward:
+            del plain["forward"]
+        return plain
+
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         entered = self._enter(args, kwargs)
         try:
@@ -137,6 +146,7 @@ def open_gate(module: nn.Module, listener: Listener) -> Gate:
         gate = Gate(module)
         _gates.append(gate)
         module.__dict__["forward"] = gate.forward
+        leave_out(module, gate.strip)
     gate.listeners.append(listener)
     return gate
 
@@ -152,6 +162,7 @@ def close_gate(gate: Gate, listener: Listener) -> None:
     _gates.remove(gate)
     if gate.module.__dict__.get("forward") is not gate.forward:
         return
+    leave_in(gate.module)
     if gate.previous is None:
         del gate.module.__dict__["forward"]
     else:

@@ -13,9 +13,9 @@ from drivekd.capture.calls import Call, StopForward
 from drivekd.capture.flash import is_flash
 from drivekd.capture.masks import (
     crosses_starts,
-    sees_next_token,
     sequence_starts,
     starts_of_lengths,
+    unexplained,
 )
 from drivekd.capture.records import CapturedLayer
 from drivekd.capture.registry import implementation
@@ -57,7 +57,7 @@ class ForwardWatch:
         self._decoder_ran = False
         self._caches = False
         self._checked_weights = False
-        self._checked_masks: list[Any] = []
+        self._checked_masks: list[tuple[Any, int | None]] = []  # with the layer's window
 
     def enter(self, call: Call) -> None:
         """A gated module is called; the outermost call begins a new forward."""
@@ -121,17 +121,29 @@ class ForwardWatch:
                     "accelerate brings copies in for each call, and their gradients would be lost; "
                     "keep a student on its device, and run a teacher under torch.no_grad()"
                 )
-        if not any(mask is checked for checked in self._checked_masks):
-            self._checked_masks.append(mask)
-            batch, _, num_tokens, _ = record.query.shape
-            if sees_next_token(mask, batch, num_tokens, record.query.device):
-                raise NotImplementedError(
-                    f"layer {layer}'s attention mask lets a token see the one after it (image "
-                    "blocks or prefixes that attend in both directions); attention maps are "
-                    "captured for causal attention only"
-                )
-            self._check_packing(record, mask, options, flash=is_flash(implementation(attention)))
+        self._check_mask(layer, record, mask, options, flash=is_flash(implementation(attention)))
         self.records[layer] = record
+
+    def _check_mask(
+        self, layer: int, record: CapturedLayer, mask: Any, options: dict[str, Any], *, flash: bool
+    ) -> None:
+        """Each mask of a forward is looked at once, and once more where a window differs."""
+        batch, _, num_tokens, _ = record.query.shape
+        window = record.window
+        if window is not None and window >= num_tokens:
+            window = None
+        checked = [other for seen, other in self._checked_masks if seen is mask]
+        if window in checked:
+            return
+        self._checked_masks.append((mask, window))
+        fault = unexplained(mask, window, batch, num_tokens, record.query.device)
+        if fault is not None:
+            raise NotImplementedError(
+                f"layer {layer}'s attention mask {fault}; attention maps are captured for causal "
+                "attention with padding, packed sequences and sliding windows only"
+            )
+        if not checked:
+            self._check_packing(record, mask, options, flash=flash)
 
     def _check_packing(
         self, record: CapturedLayer, mask: Any, options: dict[str, Any], *, flash: bool

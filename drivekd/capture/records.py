@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from drivekd.errors import CaptureError
-
-_NO_ROWS = torch.empty(0, dtype=torch.int64)
+from drivekd.tokens import sample_indices
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,14 @@ class CapturedAttention:
         records: dict[int, CapturedLayer],
         input_ids: Tensor | None,
         position_ids: Tensor | None,
+        attention_mask: Any = None,
     ) -> None:
         self.num_layers = num_layers
         self.layers = layers
         self._records = records
         self._input_ids = input_ids
         self._position_ids = position_ids
+        self._attention_mask = attention_mask
 
     @property
     def input_ids(self) -> Tensor | None:
@@ -68,6 +69,11 @@ class CapturedAttention:
     def position_ids(self) -> Tensor | None:
         """The decoder's position_ids, (B, N) or (axes, B, N); None if it counts on its own."""
         return self._position_ids
+
+    @property
+    def attention_mask(self) -> Any:
+        """As the model was given it: (B, N), 0 at padding, or of another form; None without one."""
+        return self._attention_mask
 
     def __getitem__(self, layer: int) -> CapturedLayer:
         """The record of `layer`; negative indices count from the last decoder layer.
@@ -99,13 +105,13 @@ class CapturedAttention:
 
         Raises:
             TypeError: `rows` does not hold ints (a boolean mask has no size known on the host).
-            ValueError: `rows` is not one-dimensional.
+            ValueError: `rows` is not one-dimensional, or (where it lies on the CPU) names a sample
+                that does not exist.
+            CaptureError: No forward has passed a captured layer.
         """
-        index = torch.as_tensor(rows if isinstance(rows, Tensor) or len(rows) else _NO_ROWS)
-        if index.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"rows must hold sample indices (int64), got {index.dtype}")
-        if index.ndim != 1:
-            raise ValueError(f"rows must be one-dimensional, got shape {tuple(index.shape)}")
+        if not self._records:
+            raise CaptureError("there is no record yet to select samples of: no forward has passed")
+        index = sample_indices(rows, next(iter(self._records.values())).query.shape[0])
 
         def pick(tensor: Tensor) -> Tensor:
             return tensor.index_select(0, index.to(tensor.device, non_blocking=True))
@@ -121,7 +127,11 @@ class CapturedAttention:
             for layer, record in self._records.items()
         }
         input_ids = None if self.input_ids is None else pick(self.input_ids)
+        mask = self.attention_mask
+        # One 4D mask may stand for all samples.
+        if isinstance(mask, Tensor) and (mask.ndim == 2 or mask.shape[0] != 1):
+            mask = pick(mask)
         positions = self.position_ids
         if positions is not None and positions.shape[-2] != 1:  # one row may stand for all samples
             positions = positions.index_select(-2, index.to(positions.device, non_blocking=True))
-        return CapturedAttention(self.num_layers, self.layers, records, input_ids, positions)
+        return CapturedAttention(self.num_layers, self.layers, records, input_ids, positions, mask)

@@ -122,6 +122,8 @@ def test_select_takes_samples_and_lets_gradients_flow():
     assert part.layers == captured.layers
     assert part.num_layers == 4
     assert torch.equal(part.input_ids, inputs["input_ids"][rows])
+    assert captured.attention_mask is inputs["attention_mask"]
+    assert torch.equal(part.attention_mask, inputs["attention_mask"][rows])
     for layer in (0, -2):
         assert torch.equal(part[layer].query, captured[layer].query[rows])
         assert torch.equal(part[layer].key, captured[layer].key[rows])
@@ -136,8 +138,11 @@ def test_select_refuses_masks_and_matrices():
     captured = run(qwen2(), text_inputs())
     with pytest.raises(TypeError, match="sample indices"):
         captured.select(torch.tensor([True, False]))
-    with pytest.raises(ValueError, match="one-dimensional"):
+    with pytest.raises(ValueError, match="rows has shape"):
         captured.select(torch.zeros(1, 1, dtype=torch.int64))
+    for rows, error in (([5], ValueError), ([-1], ValueError), (None, TypeError), ("a", TypeError)):
+        with pytest.raises(error, match="rows"):
+            captured.select(rows)
 
 
 # --- leaving ------------------------------------------------------------------------------------

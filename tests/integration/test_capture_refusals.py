@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from drivekd.capture import capture_attention
-from drivekd.capture.masks import sees_next_token
+from drivekd.capture.masks import unexplained
 from drivekd.errors import CaptureError
 from tests.helpers.toy_models import IMAGE, image_inputs, internvl, llama, qwen2, text_inputs
 from tests.helpers.traces import Container, run, traces
@@ -178,7 +178,7 @@ def test_a_mask_with_a_bidirectional_block_is_refused(implementation, kind):
         masks.append(mask.expand(2, 1, 24, 24))
     causal, blocks = ({**text_inputs(), "attention_mask": mask} for mask in masks)
     run(model, causal)
-    refuses(model, blocks, "lets a token see the one after")
+    refuses(model, blocks, "lets tokens see later ones")
 
 
 def test_a_flex_mask_with_a_bidirectional_block_is_seen():
@@ -190,10 +190,10 @@ def test_a_flex_mask_with_a_bidirectional_block_is_seen():
         return (q >= k) | (group[b, q] == group[b, k])
 
     mask = create_block_mask(blocks, 2, None, 4, 4, device="cpu")
-    assert sees_next_token(mask, 2, 4, group.device)
+    assert "lets tokens see later ones" in unexplained(mask, None, 2, 4, group.device)
     causal = create_block_mask(lambda b, h, q, k: q >= k, 2, None, 4, 4, device="cpu")
-    assert not sees_next_token(causal, 2, 4, group.device)
-    assert not sees_next_token(causal, 2, 1, group.device)
+    assert unexplained(causal, None, 2, 4, group.device) is None
+    assert unexplained(causal, None, 2, 1, group.device) is None
 
 
 def test_a_cache_that_holds_tokens_is_refused():
