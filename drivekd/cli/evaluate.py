@@ -92,6 +92,8 @@ def _score_table(scores: Scores, blank: Scores | None) -> Table:
 
     columns = ["", "questions", "accuracy", "majority", "blank image", "no choice readable"]
     groups = {"by_capability": "capability", "by_question": "question"}
+    if scores.by_question.keys() == scores.by_capability.keys():  # records name no kinds
+        del groups["by_question"]
     rows = []
     for group, kind in groups.items():
         for name, tally in getattr(scores, group).items():

@@ -68,6 +68,18 @@ def test_prints_accuracy_by_capability_and_question_with_its_baselines(saved, ca
     assert ["ahead", "3", "33.3", "+-", "27.2", "66.7", "33.3", "0"] in lines
 
 
+def test_records_that_name_no_kinds_have_one_row_a_capability(saved, capsys):
+    records = json.loads((saved / "test.json").read_text())
+    for record in records:
+        del record["meta"]["qid"]
+    plain = saved / "plain.json"
+    plain.write_text(json.dumps(records))
+    assert main(["evaluate", str(saved / "model"), str(plain)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines if " +- " in line and "Percent" not in line]
+    assert names == ["perception", "planning"]
+
+
 def test_gives_json_and_the_answers(saved, capsys, tmp_path):
     answers = tmp_path / "answers.jsonl"
     line = ["evaluate", str(saved / "model"), str(saved / "test.json"), "--json"]
