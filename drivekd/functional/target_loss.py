@@ -291,33 +291,46 @@ def _check_cells(
     batch_size, num_rows, width = target.values.shape
     step = max(1, _CELLS_AT_ONCE // width)
     for b in range(batch_size):
+        if target.indices is None:
+            assert layout is not None
+            text, vision = (
+                int((mask[b] & layout.valid[b]).sum())
+                for mask in (layout.is_text, layout.is_vision)
+            )
+            _check_probabilities(f"{name}.values", target.values[b, :text, :vision])
+            continue
         for start in range(0, num_rows, step):
             rows = slice(start, min(start + step, num_rows))
-            row = torch.arange(rows.start, rows.stop, device=target.values.device)
-            values = target.values[b, rows]
-            if target.indices is None or target.rest is None:
-                assert layout is not None
-                text, vision = (
-                    int((mask[b] & layout.valid[b]).sum())
-                    for mask in (layout.is_text, layout.is_vision)
-                )
-                _check_probabilities(f"{name}.values", values[row < text][:, :vision])
-                continue
-            is_row = row >= 0 if layout is None else layout.valid[b, rows]
-            keys = target.indices[b, rows][is_row]
-            is_given = keys >= 0
-            _check_probabilities(f"{name}.values", values[is_row][is_given])
-            _check_probabilities(f"{name}.rest", target.rest[b, rows][is_row])
-            last = row[is_row, None] if causal else num_rows - 1
-            if bool((keys > last).any()):
-                what = "behind its token" if causal else "that do not exist"
-                raise ValueError(
-                    f"{name}.indices names keys {what} in sample {b}; it was made from other "
-                    f"tokens, or for padding on the other side ({num_rows} tokens here)"
-                )
-            ordered = keys.sort(dim=-1).values
-            if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
-                raise ValueError(f"{name}.indices names a key twice in a row of sample {b}")
+            _check_rows(name, target, layout, b, rows, causal=causal)
+
+
+def _check_rows(
+    name: str,
+    target: AttentionMapTarget,
+    layout: TokenLayout | None,
+    sample: int,
+    rows: slice,
+    *,
+    causal: bool,
+) -> None:
+    """The same of some rows of a full map."""
+    assert target.indices is not None and target.rest is not None
+    num_rows = target.values.shape[1]
+    row = torch.arange(rows.start, rows.stop, device=target.values.device)
+    is_row = row >= 0 if layout is None else layout.valid[sample, rows]
+    keys = target.indices[sample, rows][is_row]
+    _check_probabilities(f"{name}.values", target.values[sample, rows][is_row][keys >= 0])
+    _check_probabilities(f"{name}.rest", target.rest[sample, rows][is_row])
+    last = row[is_row, None] if causal else num_rows - 1
+    if bool((keys > last).any()):
+        what = "behind its token" if causal else "that do not exist"
+        raise ValueError(
+            f"{name}.indices names keys {what} in sample {sample}; it was made from other tokens, "
+            f"or for padding on the other side ({num_rows} tokens here)"
+        )
+    ordered = keys.sort(dim=-1).values
+    if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+        raise ValueError(f"{name}.indices names a key twice in a row of sample {sample}")
 
 
 def _check_probabilities(name: str, values: Tensor) -> None:
